@@ -1,0 +1,24 @@
+"""Compute gradients with JAX, and see, check and compare them."""
+
+from jaxgrad.gradients import grad, value_and_grad
+from jaxgrad.losses import linear_loss, mean_squared_error, squared_error
+from jaxgrad.model import LinearParams, init_linear, linear
+from jaxgrad.sgd import SGDState, init_sgd, sgd_update
+from jaxgrad.training import TrainResult, TrainState, train
+
+__all__ = [
+    "LinearParams",
+    "SGDState",
+    "TrainResult",
+    "TrainState",
+    "grad",
+    "init_linear",
+    "init_sgd",
+    "linear",
+    "linear_loss",
+    "mean_squared_error",
+    "sgd_update",
+    "squared_error",
+    "train",
+    "value_and_grad",
+]
