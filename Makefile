@@ -1,0 +1,44 @@
+# `make lesson` and `make test` need nothing but python3 (3.11 or later), pip and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: lesson test lint benchmark clean
+
+# TORCH=1 installs PyTorch too, and runs it beside JAX.
+lesson: $(VENV)/lesson$(TORCH)
+	$(BIN)/jaxgrad lesson
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest -n 2
+	JAXGRAD_WITHOUT_HOOK=1 $(BIN)/python -m pytest -q -n 2 -m bad_input tests
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmark: $(VENV)/dev
+	$(BIN)/python examples/benchmarks/overhead.py
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), sys.version'
+	$(PYTHON) -m venv $(VENV) || \
+	  ($(PYTHON) -m pip install --quiet --user --break-system-packages virtualenv && \
+	   $(PYTHON) -m virtualenv $(VENV))
+
+$(VENV)/lesson: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/lesson1: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --constraint constraints.txt --editable '.[torch]'
+	touch $@
+
+$(VENV)/dev: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,211 @@
+"""Derivatives from function values alone: the limit that defines them, as h shrinks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.gradients import differentiate, jit_general, once_per_loss
+from jaxgrad.pytrees import (
+    Loss,
+    PyTree,
+    as_params,
+    combine,
+    kind_of,
+    loss_and_aux,
+    partition,
+    split_static,
+)
+from jaxgrad.tables import Report, Table, number
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two estimates of a derivative at one step `h`, with their absolute errors."""
+
+    h: float
+    forward: float
+    forward_error: float
+    central: float
+    central_error: float
+
+
+@dataclass(frozen=True, eq=False)
+class DifferenceTable(Report):
+    """How well differences estimate a derivative, step by step.
+
+    Attributes:
+      dtype: the dtype that all was computed in.
+      exact: the derivative by `jax.grad`, in float64.
+      rows: one per step `h`, the largest first.
+      best_forward: the row whose forward difference errs least.
+      best_central: the row whose central difference errs least.
+    """
+
+    dtype: str
+    exact: float
+    rows: tuple[Difference, ...]
+    best_forward: Difference
+    best_central: Difference
+
+    def tables(self) -> list[Table]:
+        """One row per step, and a line on the best ones."""
+        return [
+            Table(
+                f"Differences in {self.dtype}; the exact derivative is "
+                f"{number(self.exact)}",
+                [">h", ">(L(w+h)-L(w))/h", ">error", ">(L(w+h)-L(w-h))/2h", ">error"],
+                [
+                    [
+                        number(row.h),
+                        number(row.forward, 8),
+                        number(row.forward_error, 2),
+                        number(row.central, 8),
+                        number(row.central_error, 2),
+                    ]
+                    for row in self.rows
+                ],
+                f"Best h: {number(self.best_forward.h)} for the forward difference, "
+                f"{number(self.best_central.h)} for the central one. Above it the "
+                "formula's own error rules, below it rounding does.",
+            )
+        ]
+
+
+def difference_table(
+    loss: Loss,
+    params: PyTree,
+    *args: Any,
+    direction: PyTree = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    has_aux: bool = False,
+) -> DifferenceTable:
+    r"""Estimates a derivative by differences, with ever smaller steps.
+
+    The derivative is $\lim_{h \to 0} (L(w + h d) - L(w)) / h$ along a direction $d$.
+    With exact numbers the forward difference errs by $O(h)$ and the central one,
+    $(L(w + h d) - L(w - h d)) / 2h$, by $O(h^2)$. With $\epsilon$ the dtype's rounding
+    error, rounding adds $O(\epsilon / h)$, so that the error falls first and rises
+    again: the best $h$ is near $\sqrt\epsilon$, or $\sqrt[3]\epsilon$ for the central
+    difference, times the scale of $w$.
+
+    Args:
+      loss: a pure function `loss(params, *args)` that returns a real scalar.
+      params: any pytree.
+      *args: the rest of the loss's arguments.
+      direction: $d$, with the structure of a gradient of `params`; `None` is 1 in every
+        entry, which for a single number gives its derivative.
+      dtype: what to compute in; `None` is the dtype of the first leaf that has one.
+        `float64` works whatever JAX's configuration, which stays as it is.
+      has_aux: the loss returns `(loss, aux)`.
+
+    Returns:
+      A `DifferenceTable`, with a step for each power of ten from 1 to below the dtype's
+      rounding error.
+
+    Raises:
+      ValueError: the direction's structure isn't that of the gradient.
+      TypeError: as `value_and_grad`; or a dtype that isn't floating.
+
+    Example:
+      >>> import jaxgrad
+      >>> table = jaxgrad.difference_table(lambda w: w**2, 3.0)
+      >>> table.exact, table.rows[0].forward, table.rows[0].central
+      (6.0, 7.0, 6.0)
+
+    Source: Nocedal and Wright, Numerical Optimization, 2nd edition, section 8.1.
+    """
+    params = as_params(params)
+    trained, held = partition(params)
+    if dtype is None:
+        dtype = jnp.result_type(jax.tree.leaves(trained)[0])
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be floating, and is {jnp.dtype(dtype)}.")
+    dtype = jnp.dtype(dtype)
+    if direction is None:
+        direction = jax.tree.map(np.ones_like, trained)
+    if jax.tree.map(np.shape, direction) != jax.tree.map(np.shape, trained):
+        raise ValueError(
+            "direction must have the structure and shapes of the gradient, "
+            f"{jax.tree.map(np.shape, trained)}, and has "
+            f"{jax.tree.map(np.shape, direction)}."
+        )
+    with jax.enable_x64(True), np.errstate(all="ignore"):
+        evaluate = _evaluator(loss, has_aux)
+        wide = _cast((trained, direction, args), np.dtype(np.float64))
+        exact = evaluate.slope(*split_static((held, *wide)))
+        narrow = _cast((trained, direction, args), dtype)
+
+        def at(h: Any) -> Any:
+            point = jax.tree.map(lambda w, d: w + h * d, narrow[0], narrow[1])
+            value = evaluate.value(*split_static((held, point, narrow[2])))
+            return np.asarray(value).astype(dtype)
+
+        here = at(dtype.type(0))
+        digits = math.floor(-math.log10(float(jnp.finfo(dtype).eps))) + 1
+        rows = []
+        for power in range(digits + 1):
+            h = dtype.type(10.0**-power)
+            ahead, behind = at(h), at(-h)
+            forward, central = (ahead - here) / h, (ahead - behind) / (h + h)
+            rows.append(
+                Difference(
+                    h=10.0**-power,
+                    forward=float(forward),
+                    forward_error=abs(float(forward) - float(exact)),
+                    central=float(central),
+                    central_error=abs(float(central) - float(exact)),
+                )
+            )
+    return DifferenceTable(
+        dtype=dtype.name,
+        exact=float(exact),
+        rows=tuple(rows),
+        best_forward=min(rows, key=lambda row: row.forward_error),
+        best_central=min(rows, key=lambda row: row.central_error),
+    )
+
+
+@dataclass(frozen=True)
+class _Evaluator:
+    value: Callable[..., Any]
+    slope: Callable[..., Any]
+
+
+def _evaluator(loss: Loss, has_aux: bool) -> _Evaluator:
+    """The compiled loss, and its derivative along a direction."""
+
+    def build(get_loss: Callable[[], Loss]) -> _Evaluator:
+        def value(operands: tuple[Any, ...]) -> Any:
+            held, trained, args = operands
+            output = get_loss()(combine(trained, held), *args)
+            return loss_and_aux(get_loss(), output, has_aux)[0]
+
+        def slope(operands: tuple[Any, ...]) -> Any:
+            held, trained, direction, args = operands
+            params = combine(trained, held)
+            _, _, gradient = differentiate(get_loss(), params, args, has_aux)
+            products = jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, direction)
+            return sum(jax.tree.leaves(products))
+
+        return _Evaluator(jit_general(value), jit_general(slope))
+
+    return once_per_loss(loss, ("differences", has_aux), build)
+
+
+def _cast(tree: PyTree, dtype: np.dtype[Any]) -> PyTree:
+    """NumPy arrays of one dtype for all arrays of floats."""
+    return jax.tree.map(
+        lambda leaf: (
+            np.asarray(leaf).astype(dtype)
+            if kind_of(leaf) == "differentiable"
+            else leaf
+        ),
+        tree,
+    )
