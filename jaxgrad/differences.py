@@ -148,7 +148,8 @@ def difference_table(
             return np.asarray(value).astype(dtype)
 
         here = at(dtype.type(0))
-        digits = math.floor(-math.log10(float(jnp.finfo(dtype).eps))) + 1
+        eps = float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
+        digits = math.floor(-math.log10(eps)) + 1
         rows = []
         for power in range(digits + 1):
             h = dtype.type(10.0**-power)

@@ -87,8 +87,9 @@ def value_and_grad(loss: Loss, has_aux: bool = False) -> Callable[..., Any]:
       >>> import jaxgrad, jax.numpy as jnp
       >>> params = {"w": jnp.array([1.0, 2.0]), "name": "ridge"}
       >>> loss = lambda params, x: jnp.sum(params["w"] * x) ** 2
-      >>> jaxgrad.value_and_grad(loss)(params, jnp.array([3.0, 4.0]))
-      (Array(121., dtype=float32), {'name': None, 'w': Array([66., 88.], dtype=float32)})
+      >>> value, gradient = jaxgrad.value_and_grad(loss)(params, jnp.array([3.0, 4.0]))
+      >>> print(value, gradient["w"], gradient["name"])
+      121.0 [66. 88.] None
 
     Source: `jax.value_and_grad`,
     https://docs.jax.dev/en/latest/_autosummary/jax.value_and_grad.html
@@ -179,7 +180,9 @@ def _only_arrays(derivative: Callable[[PyTree, tuple[Any, ...]], Any]) -> Any:
     return traced
 
 
-def jit_general(function: Callable[[PyTree], Any]) -> Callable[[list[Any], Static], Any]:
+def jit_general(
+    function: Callable[[PyTree], Any],
+) -> Callable[[list[Any], Static], Any]:
     """Compiles `function(tree)` for `split_static(tree)`, keyed on the static part.
 
     The caller is warned when one static leaf keeps changing, since each new value
@@ -234,7 +237,7 @@ def once_per_loss(
     is kept under its object. A loss that can't be weakly referenced isn't kept.
     """
     method = isinstance(loss, types.MethodType)
-    owner = loss.__self__ if method else loss
+    owner = getattr(loss, "__self__", None) if method else loss
     reference: Any = weakref.WeakMethod if method else weakref.ref
     try:
         entries = _per_loss.setdefault(owner, {"owner": weakref.ref(owner)})
@@ -243,7 +246,7 @@ def once_per_loss(
         return build(lambda: loss)
     if entries["owner"]() is not owner:  # an equal one, which may die before this one
         return build(lambda: loss)
-    key = (loss.__func__ if method else None, key)
+    key = (getattr(loss, "__func__", None) if method else None, key)
     if key not in entries:
         entries[key] = build(held)
     return entries[key]  # type: ignore[no-any-return]

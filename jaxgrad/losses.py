@@ -54,7 +54,8 @@ def mean_squared_error(
 
     Example:
       >>> import jaxgrad, jax.numpy as jnp
-      >>> print(jaxgrad.mean_squared_error(jnp.array([2.5, 1.0]), jnp.array([5.0, 1.0])))
+      >>> prediction, target = jnp.array([2.5, 1.0]), jnp.array([5.0, 1.0])
+      >>> print(jaxgrad.mean_squared_error(prediction, target))
       3.125
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.MSELoss.html

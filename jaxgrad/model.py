@@ -30,8 +30,9 @@ def init_linear(
 ) -> LinearParams:
     r"""Draws the parameters of a linear layer as `torch.nn.Linear` does by default.
 
-    Weight and bias are both drawn from $U(-k, k)$, $k = 1/\sqrt{\mathrm{in\_features}}$.
-    (The numbers themselves differ from PyTorch's: the generators do.)
+    Weight and bias are both drawn from $U(-k, k)$ with
+    $k = 1/\sqrt{\mathrm{in\_features}}$. (The numbers themselves differ from
+    PyTorch's: the generators do.)
 
     Args:
       key: a key made by `jax.random.key` (or `jax.random.PRNGKey`).

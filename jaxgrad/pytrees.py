@@ -36,7 +36,7 @@ def operand_name(path: tuple[Any, ...]) -> str:
 
 def is_array(leaf: Any) -> bool:
     """Says if a leaf is an array: JAX's (tracers too) or NumPy's (scalars too)."""
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))  # noqa: UP038
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
 
 def kind_of(leaf: Any) -> Kind:
@@ -88,11 +88,13 @@ def partition(params: PyTree) -> tuple[PyTree, PyTree]:
             raise TypeError(_no_gradient(leaf_name(path), leaf, kind))
     if "differentiable" not in kinds:
         raise TypeError(_nothing_to_differentiate(named, kinds))
-    trained = [kind == "differentiable" for kind in kinds]
-    both = list(zip(trained, named, strict=True))
+    both = [
+        (kind == "differentiable", leaf)
+        for kind, (_, leaf) in zip(kinds, named, strict=True)
+    ]
     return (
-        treedef.unflatten(leaf if wanted else None for wanted, (_, leaf) in both),
-        treedef.unflatten(None if wanted else leaf for wanted, (_, leaf) in both),
+        jax.tree.unflatten(treedef, [leaf if yes else None for yes, leaf in both]),
+        jax.tree.unflatten(treedef, [None if yes else leaf for yes, leaf in both]),
     )
 
 
@@ -124,9 +126,7 @@ def _no_gradient(name: str, leaf: Any, kind: Kind) -> str:
     )
 
 
-def _nothing_to_differentiate(
-    named: list[tuple[Any, Any]], kinds: list[Kind]
-) -> str:
+def _nothing_to_differentiate(named: list[tuple[Any, Any]], kinds: list[Kind]) -> str:
     if not named:
         return "params has no leaves, so there is nothing to differentiate."
     (path, leaf), kind = named[0], kinds[0]

@@ -40,8 +40,9 @@ def init_sgd(params: PyTree) -> SGDState:
 
     Example:
       >>> import jaxgrad, jax.numpy as jnp
-      >>> print(jaxgrad.init_sgd({"w": jnp.ones(2)}))
-      SGDState(step=Array(0, dtype=int32), momentum_buffers={'w': Array([0., 0.], dtype=float32)})
+      >>> state = jaxgrad.init_sgd({"w": jnp.ones(2), "name": "ridge"})
+      >>> print(state.step, state.momentum_buffers["w"], state.momentum_buffers["name"])
+      0 [0. 0.] None
     """
     return SGDState(
         step=jnp.zeros((), jnp.int32),
@@ -137,8 +138,8 @@ def sgd_update(
         )
     ]
     return (
-        treedef.unflatten(p for p, _ in leaves),
-        SGDState(state.step + 1, treedef.unflatten(b for _, b in leaves)),
+        jax.tree.unflatten(treedef, [p for p, _ in leaves]),
+        SGDState(state.step + 1, jax.tree.unflatten(treedef, [b for _, b in leaves])),
     )
 
 

@@ -1,4 +1,4 @@
-"""How a report looks: its tables in the terminal and the notebook, and as plain data."""
+"""How a report looks: tables in the terminal, in the notebook, and plain data."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ WIDTH = 80
 class Table:
     """Rows under headings, between a title and a line of explanation.
 
+    Without columns it is a heading and a paragraph.
+
     Attributes:
       title: what the table shows; empty for none.
       columns: the headings. One that starts with `>` is aligned to the right.
@@ -30,8 +33,8 @@ class Table:
     """
 
     title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
     note: str = ""
 
     def draw(self, console: Console) -> None:
@@ -42,18 +45,21 @@ class Table:
 
         if self.title:
             console.print(Text(self.title, style="bold"))
-        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-        for column in self.columns:
-            table.add_column(
-                column.removeprefix(">"),
-                justify="right" if column.startswith(">") else "left",
-                overflow="fold",
-            )
-        for row in self.rows:
-            table.add_row(*map(Text, row))
-        console.print(table)
+        if self.columns:
+            table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+            table.show_header = any(self.columns)
+            for column in self.columns:
+                table.add_column(
+                    column.removeprefix(">"),
+                    justify="right" if column.startswith(">") else "left",
+                    overflow="fold",
+                )
+            for row in self.rows:
+                table.add_row(*map(Text, row))
+            console.print(table)
         if self.note:
-            console.print(Text(self.note))
+            console.print(Text(self.note), soft_wrap=False)
+        console.print()
 
     def to_html(self) -> str:
         """The table as HTML, with every text escaped."""
@@ -66,12 +72,15 @@ class Table:
                 for c, text in aligned
             )
 
+        title = html.escape(self.title)
+        note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
+        if not self.columns:
+            return (f"<h4>{title}</h4>" if title else "") + note
+        caption = f"<caption>{title}</caption>" if title else ""
         heading = cells("th", [c.removeprefix(">") for c in self.columns])
         rows = "".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
-        title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
-        note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
         return (
-            f"<table>{title}<thead><tr>{heading}</tr></thead>"
+            f"<table>{caption}<thead><tr>{heading}</tr></thead>"
             f"<tbody>{rows}</tbody></table>{note}"
         )
 
@@ -129,7 +138,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(
+    if isinstance(value, jax.Array) and jnp.issubdtype(
         value.dtype, jax.dtypes.prng_key
     ):
         value = jax.random.key_data(value)

@@ -38,7 +38,7 @@ class TrainState(NamedTuple):
       optimizer: the state of `sgd_update`, or of the optax transformation.
     """
 
-    step: Int[ArrayLike, ""]
+    step: Int[Array, ""]
     params: PyTree
     optimizer: PyTree
 
@@ -137,72 +137,47 @@ def train(
       [6.25   3.0625] 22
     """
     _check_arguments(steps, learning_rate, optimizer, record_every)
-    params = as_params(params)
-    trained, held = partition(params)
+    schedule, given = (
+        (learning_rate, None) if callable(learning_rate) else (None, learning_rate)
+    )
+    trained, held = partition(as_params(params))
     trained = jax.tree.map(jnp.asarray, trained)
-    rule = learning_rate if callable(learning_rate) else optimizer
-    compiled = once_per_loss(
+    compiled: _Compiled = once_per_loss(
         loss,
         ("train", has_aux),
         # The last few optimizers: a sweep makes a new one for each of its runs.
         lambda get_loss: functools.lru_cache(maxsize=8)(
-            functools.partial(_compile_loop, get_loss, has_aux)
+            functools.partial(_compile, get_loss, has_aux)
         ),
-    )(rule, optimizer is not None)
-    fresh = TrainState(
-        jnp.zeros((), jnp.int32), trained, _rule(rule, optimizer is not None)[0](trained)
-    )
+    )(schedule, optimizer)
+    begin = TrainState(jnp.zeros((), jnp.int32), trained, compiled.init(trained))
     if state is not None:
-        _check_state(fresh, state)
-    loop = _Loop(
-        state=jax.tree.map(jnp.asarray, fresh if state is None else state),
-        due=jnp.zeros((), jnp.int32),
-        stop=jnp.zeros((), jnp.int32),
-    )
+        _check_state(begin, state)
+        begin = jax.tree.map(jnp.asarray, state)
+    start = int(begin.step)
+    if start + steps > np.iinfo(np.int32).max:
+        raise ValueError(f"{start + steps} steps are more than an int32 can count.")
+
     settings = _Settings(
-        learning_rate=None if callable(learning_rate) else learning_rate,
-        tolerance=-np.inf if tolerance is None else tolerance,
-        record_every=record_every,
+        learning_rate=jnp.asarray(0.0 if given is None else given),
+        tolerance=jnp.asarray(-jnp.inf if tolerance is None else tolerance),
+        record_every=jnp.asarray(record_every, jnp.int32),
     )
-
-    start = int(loop.state.step)
-    end = start + steps
-    if end > np.iinfo(np.int32).max:
-        raise ValueError(f"{end} steps in all are more than an int32 can count.")
-    losses, norms = [np.zeros(0)], [np.zeros(0)]
-    operands = (held, *args, jax.tree.map(jnp.asarray, settings))
-    interrupted = False
-    size = 1
+    advance = functools.partial(_advance, compiled.run, (held, *args, settings))
     with _bar(progress, steps) as report:
-        try:
-            while int(loop.state.step) < end and not loop.stop:
-                began, before = time.perf_counter(), int(loop.state.step)
-                limit = jnp.asarray(min(before + size, end), jnp.int32)
-                after, records = compiled(*split_static((*operands, loop, limit)))
-                filled = int(records.filled)  # waits for the device
-                losses.append(np.asarray(records.losses)[:filled])
-                norms.append(np.asarray(records.norms)[:filled])
-                loop = after
-                report(int(loop.state.step) - start)
-                done = int(loop.state.step) - before
-                pace = (time.perf_counter() - began) / max(done, 1)
-                size = max(1, min(10 * size, int(_PIECE_SECONDS / pace)))
-        except KeyboardInterrupt:
-            interrupted = True
+        done = _in_pieces(advance, begin, start + steps, report)
 
-    made = int(loop.state.step) - start
-    stopped = _reason(int(loop.stop), trained, int(loop.state.step), tolerance)
-    if stopped is None and interrupted:
-        stopped = f"interrupted before update {int(loop.state.step)}"
+    made = int(done.loop.state.step) - start
     # Ctrl-C may have come between the records of a piece and the piece itself.
-    count = -(-made // record_every) + (loop.stop != 0 and made % record_every == 0)
+    records = -(-made // record_every)
+    records += bool(done.loop.stop != _GO_ON and made % record_every == 0)
     return TrainResult(
-        params=combine(loop.state.params, held),
-        losses=np.concatenate(losses[1:] or losses)[: int(count)],
-        gradient_norms=np.concatenate(norms[1:] or norms)[: int(count)],
+        params=combine(done.loop.state.params, held),
+        losses=np.concatenate(done.losses)[:records],
+        gradient_norms=np.concatenate(done.norms)[:records],
         steps=made,
-        stopped=stopped,
-        state=loop.state,
+        stopped=_reason(done, trained, tolerance),
+        state=done.loop.state,
     )
 
 
@@ -233,9 +208,61 @@ class _Records(NamedTuple):
     filled: Int[Array, ""]
 
 
-def _rule(rule: Any, is_optax: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+class _Compiled(NamedTuple):
+    """The optimizer's `init(params)`, and the compiled loop."""
+
+    init: Callable[[PyTree], PyTree]
+    run: Callable[..., tuple[_Loop, _Records]]
+
+
+class _Done(NamedTuple):
+    """How far a run has come, and what it recorded on its way."""
+
+    loop: _Loop
+    losses: list[Any]
+    norms: list[Any]
+    interrupted: bool
+
+
+def _advance(
+    run: Callable[..., Any], operands: tuple[Any, ...], loop: _Loop, limit: int
+) -> tuple[_Loop, _Records]:
+    """Runs the compiled loop until the step `limit`, or until it stops by itself."""
+    until = jnp.asarray(limit, jnp.int32)
+    return run(*split_static((*operands, loop, until)))  # type: ignore[no-any-return]
+
+
+def _in_pieces(
+    advance: Callable[[_Loop, int], tuple[_Loop, _Records]],
+    begin: TrainState,
+    end: int,
+    report: Callable[[int], None],
+) -> _Done:
+    """Advances to the step `end`, in pieces that take about `_PIECE_SECONDS` each."""
+    zero = jnp.zeros((), jnp.int32)
+    loop, losses, norms = _Loop(begin, due=zero, stop=zero), [], []
+    step = start = int(begin.step)
+    size, interrupted = 1, False
+    try:
+        while step < end and not loop.stop:
+            began = time.perf_counter()
+            after, records = advance(loop, min(step + size, end))
+            filled = int(records.filled)  # waits for the device
+            losses.append(np.asarray(records.losses)[:filled])
+            norms.append(np.asarray(records.norms)[:filled])
+            loop, before, step = after, step, int(after.state.step)
+            report(step - start)
+            pace = (time.perf_counter() - began) / max(step - before, 1)
+            size = max(1, min(10 * size, int(_PIECE_SECONDS / pace)))
+    except KeyboardInterrupt:
+        interrupted = True
+    empty = [np.zeros(0, jnp.zeros(0).dtype)]
+    return _Done(loop, losses or empty, norms or empty, interrupted)
+
+
+def _rule(schedule: Schedule | None, optimizer: Any) -> tuple[Any, Any]:
     """`init(params)` and `update(params, grads, state, rate, value, value_fn)`."""
-    if not is_optax:
+    if optimizer is None:
 
         def by_hand(
             params: PyTree, grads: PyTree, state: PyTree, rate: Any, *_: Any
@@ -244,14 +271,14 @@ def _rule(rule: Any, is_optax: bool) -> tuple[Callable[..., Any], Callable[..., 
                 params,
                 grads=grads,
                 state=state,
-                learning_rate=rate if rule is None else rule,
+                learning_rate=schedule or rate,
             )
 
         return init_sgd, by_hand
 
     import optax
 
-    transform = optax.with_extra_args_support(rule)
+    transform = optax.with_extra_args_support(optimizer)
 
     def by_optax(
         params: PyTree, grads: PyTree, state: PyTree, _: Any, value: Any, value_fn: Any
@@ -264,10 +291,13 @@ def _rule(rule: Any, is_optax: bool) -> tuple[Callable[..., Any], Callable[..., 
     return transform.init, by_optax
 
 
-def _compile_loop(
-    get_loss: Callable[[], Loss], has_aux: bool, rule: Any, is_optax: bool
-) -> Callable[..., tuple[_Loop, _Records]]:
-    _, update = _rule(rule, is_optax)
+def _compile(
+    get_loss: Callable[[], Loss],
+    has_aux: bool,
+    schedule: Schedule | None,
+    optimizer: Any,
+) -> _Compiled:
+    init, update = _rule(schedule, optimizer)
 
     def run(operands: tuple[Any, ...]) -> tuple[_Loop, _Records]:
         held, *args, settings, first, limit = operands
@@ -321,12 +351,15 @@ def _compile_loop(
         records = _Records(empty, empty, jnp.zeros((), jnp.int32))
         return jax.lax.while_loop(going, step, (first, records))
 
-    return jit_general(run)
+    return _Compiled(init, jit_general(run))
 
 
 def _put(buffer: Array, slot: Array, value: Any) -> Array:
     # Twice as fast in this loop as buffer.at[slot].set(value), which checks the slot.
-    return jax.lax.dynamic_update_index_in_dim(buffer, value.astype(float), slot, 0)
+    value = jnp.asarray(value, buffer.dtype)
+    return jax.lax.dynamic_update_index_in_dim(  # type: ignore[no-any-return]
+        buffer, value, slot, 0
+    )
 
 
 def _norm(gradient: PyTree) -> Any:
@@ -352,25 +385,24 @@ def _stop(value: Any, gradient: PyTree, params: PyTree, tolerance: Any) -> Any:
     return jnp.where(reached, _REACHED, bad).astype(jnp.int32)
 
 
-def _reason(
-    stop: int, trained: PyTree, step: int, tolerance: float | None
-) -> str | None:
+def _reason(done: _Done, trained: PyTree, tolerance: float | None) -> str | None:
+    stop, step = int(done.loop.stop), int(done.loop.state.step)
     if stop == _GO_ON:
-        return None
+        return f"interrupted before update {step}" if done.interrupted else None
     if stop == _REACHED:
         return f"tolerance: the loss is under {tolerance:g} before update {step}"
     if stop == _LOSS:
         return f"non-finite loss before update {step}"
-    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trained)]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(trained)]
     where = stop - _LOSS - 1
-    if where < len(names):
-        return f"non-finite gradient of leaf `{names[where]}` before update {step}"
-    name = names[where - len(names)]
+    name = leaf_name(paths[where % len(paths)])
+    if where < len(paths):
+        return f"non-finite gradient of leaf `{name}` before update {step}"
     return f"non-finite parameter: update {step} would spoil leaf `{name}`"
 
 
 def _bar(progress: bool | None, steps: int) -> Any:
-    """A context that gives a function of the steps done: a rich progress bar, or not."""
+    """A context that gives a function of the steps done: a progress bar, or nothing."""
     if not (sys.stderr.isatty() if progress is None else progress):
         return nullcontext(lambda done: None)
 
@@ -415,23 +447,23 @@ def _check_arguments(
 
 
 def _check_state(fresh: TrainState, state: TrainState) -> None:
-    for name in ("params", "optimizer"):
+    for tree in ("params", "optimizer"):
         want, have = (
-            {
-                leaf_name(path, f"state.{name}"): (jnp.shape(leaf), jnp.result_type(leaf))
-                for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(s, name))
-            }
-            for s in (fresh, state)
+            _leaves(f"state.{tree}", getattr(s, tree)) for s in (fresh, state)
         )
         for leaf in [*want, *have]:
             if want.get(leaf) != have.get(leaf):
                 raise ValueError(
                     f"`state` isn't of these params and this optimizer: leaf `{leaf}` "
-                    f"should be {_shaped(want.get(leaf))}, and is "
-                    f"{_shaped(have.get(leaf))}. Give the same params and optimizer as "
-                    "in the run that returned it."
+                    f"should be {want.get(leaf, 'absent')}, and is "
+                    f"{have.get(leaf, 'absent')}. Give the same params and optimizer "
+                    "as in the run that returned it."
                 )
 
 
-def _shaped(leaf: tuple[Any, Any] | None) -> str:
-    return f"{leaf[1]} of shape {leaf[0]}" if leaf else "absent"
+def _leaves(root: str, tree: PyTree) -> dict[str, str]:
+    """Every leaf's dtype and shape in words, by its name."""
+    return {
+        leaf_name(path, root): f"{jnp.result_type(leaf)} of shape {jnp.shape(leaf)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

@@ -1,4 +1,4 @@
-"""Checks every shape annotation while the tests run; 8 devices for the sharding ones."""
+"""Checks shape annotations while the tests run; 8 devices for the sharding tests."""
 
 import os
 
