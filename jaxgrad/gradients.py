@@ -104,7 +104,9 @@ def differentiate(
     trained, held = partition(params)
 
     def scalar(trained: PyTree) -> tuple[Any, Any]:
-        return loss_and_aux(loss, loss(combine(trained, held), *args), has_aux)
+        # Rebuilt in this trace: Flax NNX lets a variable change only where it was made.
+        inner = jax.tree.map(lambda leaf: leaf, args)
+        return loss_and_aux(loss, loss(combine(trained, held), *inner), has_aux)
 
     (value, aux), gradient = jax.value_and_grad(scalar, has_aux=True)(trained)
     return value, aux, gradient
@@ -173,7 +175,9 @@ def _only_arrays(derivative: Callable[[PyTree, tuple[Any, ...]], Any]) -> Any:
         # scalars or as single booleans. A few arrays do too; `general` takes them.
         for leaf in jax.tree.leaves((params, args)):
             weak = getattr(leaf, "weak_type", False)  # typed keys have none
-            if leaf.shape == () and (weak or leaf.dtype == np.bool_):
+            if not is_array(leaf) or (
+                leaf.shape == () and (weak or leaf.dtype == np.bool_)
+            ):
                 raise _NotOnlyArrays
         return derivative(params, args)
 
