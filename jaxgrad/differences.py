@@ -36,7 +36,7 @@ class Difference:
     central_error: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DifferenceTable(Report):
     """How well differences estimate a derivative, step by step.
 

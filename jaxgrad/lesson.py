@@ -47,7 +47,7 @@ class Comparison:
     differs: bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Part(Report):
     """One part of the lesson: a text, the comparisons, and a table of its own.
 
@@ -76,7 +76,7 @@ class Part(Report):
         return [*tables, *self.extra]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Lesson(Report):
     """The whole lesson.
 

@@ -111,7 +111,8 @@ def combine(trained: PyTree, held: PyTree) -> PyTree:
 def _no_gradient(name: str, leaf: Any, kind: Kind) -> str:
     if kind == "foreign":
         return f"Leaf `{name}` is {foreign(leaf)}."
-    what = f"Leaf `{name}` of params has dtype {leaf.dtype} and shape {leaf.shape}"
+    where = "params" if name == "params" else f"Leaf `{name}` of params"
+    what = f"{where} has dtype {leaf.dtype} and shape {leaf.shape}"
     if kind == "complex":
         return (
             f"{what}: complex parameters aren't covered. Hold the real and the "

@@ -99,11 +99,15 @@ class Report:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=WIDTH, color_system=None, highlight=False)
+        console = Console(
+            width=WIDTH, color_system=None, highlight=False, force_jupyter=False
+        )
         with console.capture() as capture:
             for table in self.tables():
                 table.draw(console)
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+    __repr__ = __str__  # for the prompt; a derived dataclass says repr=False
 
     def _repr_html_(self) -> str:
         return "".join(table.to_html() for table in self.tables())

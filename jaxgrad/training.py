@@ -43,7 +43,7 @@ class TrainState(NamedTuple):
     optimizer: PyTree
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TrainResult(Report):
     """What a run of `train` did.
 
