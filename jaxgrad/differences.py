@@ -130,12 +130,14 @@ def difference_table(
     dtype = jnp.dtype(dtype)
     if direction is None:
         direction = jax.tree.map(np.ones_like, trained)
-    if jax.tree.map(np.shape, direction) != jax.tree.map(np.shape, trained):
+    same = jax.tree.structure(direction) == jax.tree.structure(trained)
+    if not same or jax.tree.map(np.shape, direction) != jax.tree.map(np.shape, trained):
         raise ValueError(
             "direction must have the structure and shapes of the gradient, "
             f"{jax.tree.map(np.shape, trained)}, and has "
             f"{jax.tree.map(np.shape, direction)}."
         )
+    direction = jax.tree.map(lambda d: np.asarray(d, np.float64), direction)
     with jax.enable_x64(True), np.errstate(all="ignore"):
         evaluate = _evaluator(loss, has_aux)
         wide = _cast((trained, direction, args), np.dtype(np.float64))

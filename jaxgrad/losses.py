@@ -32,6 +32,8 @@ def squared_error(
     prediction, target = jnp.asarray(prediction), jnp.asarray(target)
     if prediction.shape != target.shape:
         raise ValueError(_shapes_differ(prediction.shape, target.shape))
+    if not jnp.issubdtype(jnp.result_type(prediction, target), jnp.inexact):
+        prediction = prediction.astype(float)  # integers would wrap around
     return jnp.square(prediction - target)
 
 

@@ -35,8 +35,10 @@ def operand_name(path: tuple[Any, ...]) -> str:
 
 
 def is_array(leaf: Any) -> bool:
-    """Says if a leaf is an array: JAX's (tracers too) or NumPy's (scalars too)."""
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+    """Says if a leaf is an array of numbers: JAX's (tracers too) or NumPy's."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind not in "OSUMm"  # objects, texts, dates
+    return isinstance(leaf, jax.Array)
 
 
 def kind_of(leaf: Any) -> Kind:
@@ -150,8 +152,8 @@ def _nothing_to_differentiate(named: list[tuple[Any, Any]], kinds: list[Kind]) -
 def foreign(leaf: Any) -> str:
     """Says what an array of another library is, and how to make it JAX's."""
     kind = f"{type(leaf).__module__.partition('.')[0]}.{type(leaf).__qualname__}"
-    if is_array(leaf):
-        return f"an array of dtype {leaf.dtype}, which JAX has no numbers for"
+    if isinstance(leaf, np.ndarray | np.generic):
+        return f"an array of dtype {leaf.dtype}, which isn't one of numbers"
     convert = "leaf.detach().cpu().numpy()" if kind.startswith("torch") else "leaf"
     return f"a {kind}, not a JAX or NumPy array: pass `jnp.asarray({convert})`"
 
@@ -251,17 +253,18 @@ def split_static(operands: tuple[Any, ...]) -> tuple[list[Any], Static]:
 def _key(operands: tuple[Any, ...], place: int, leaf: Any) -> tuple[type, Any]:
     # The type, since True == 1 == 1.0; the hex, since -0.0 == 0.0 and nan != nan.
     key = (type(leaf), leaf.hex() if type(leaf) is float else leaf)
-    try:
-        hash(key)
-        if kind_of(leaf) == "static":
-            return key
+    if kind_of(leaf) == "foreign":
         trouble = f"{foreign(leaf)}."
-    except TypeError:
-        trouble = (
-            f"a {type(leaf).__name__}, which is neither an array nor hashable, so that "
-            "no compiled function can be kept for it. Make it an array, a tuple, or a "
-            "hashable object."
-        )
+    else:
+        try:
+            hash(key)
+            return key
+        except TypeError:
+            trouble = (
+                f"a {type(leaf).__name__}, which is neither an array nor hashable, so "
+                "that no compiled function can be kept for it. Make it an array, a "
+                "tuple, or a hashable object."
+            )
     path, _ = jax.tree_util.tree_leaves_with_path(operands)[place]
     raise TypeError(f"Leaf `{operand_name(path)}` is {trouble}")
 

@@ -142,14 +142,19 @@ def train(
     )
     trained, held = partition(as_params(params))
     trained = jax.tree.map(jnp.asarray, trained)
-    compiled: _Compiled = once_per_loss(
+    compile_for = once_per_loss(
         loss,
         ("train", has_aux),
         # The last few optimizers: a sweep makes a new one for each of its runs.
         lambda get_loss: functools.lru_cache(maxsize=8)(
             functools.partial(_compile, get_loss, has_aux)
         ),
-    )(schedule, optimizer)
+    )
+    try:
+        hash((schedule, optimizer))
+    except TypeError:
+        compile_for = compile_for.__wrapped__
+    compiled = compile_for(schedule, optimizer)
     begin = TrainState(jnp.zeros((), jnp.int32), trained, compiled.init(trained))
     if state is not None:
         _check_state(begin, state)
@@ -416,9 +421,7 @@ def _bar(progress: bool | None, steps: int) -> Any:
             return lambda done: self.update(task, completed=done)
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn())
-    return Bar(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
-    )
+    return Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True))
 
 
 def _check_arguments(
