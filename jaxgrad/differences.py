@@ -130,7 +130,7 @@ def difference_table(
     dtype = jnp.dtype(dtype)
     if direction is None:
         direction = jax.tree.map(np.ones_like, trained)
-    same = jax.tree.structure(direction) == jax.tree.structure(trained)
+    same = jax.tree.structure(direction) == jax.tree.structure(trained)  # type: ignore[operator]
     if not same or jax.tree.map(np.shape, direction) != jax.tree.map(np.shape, trained):
         raise ValueError(
             "direction must have the structure and shapes of the gradient, "

@@ -142,7 +142,7 @@ def train(
     )
     trained, held = partition(as_params(params))
     trained = jax.tree.map(jnp.asarray, trained)
-    compile_for = once_per_loss(
+    compile_for: Any = once_per_loss(
         loss,
         ("train", has_aux),
         # The last few optimizers: a sweep makes a new one for each of its runs.
@@ -154,7 +154,7 @@ def train(
         hash((schedule, optimizer))
     except TypeError:
         compile_for = compile_for.__wrapped__
-    compiled = compile_for(schedule, optimizer)
+    compiled: _Compiled = compile_for(schedule, optimizer)
     begin = TrainState(jnp.zeros((), jnp.int32), trained, compiled.init(trained))
     if state is not None:
         _check_state(begin, state)

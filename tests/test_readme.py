@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import pathlib
 import re
 
@@ -16,9 +17,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 
 def test_every_python_block_prints_what_stands_under_it():
     scope, ran = {}, 0
-    for (language, code), (following, expected) in zip(
-        BLOCKS, BLOCKS[1:], strict=False
-    ):
+    for (language, code), (following, expected) in itertools.pairwise(BLOCKS):
         if language != "python":
             continue
         assert following == "text", f"no output stands under:\n{code}"
