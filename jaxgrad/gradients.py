@@ -18,6 +18,7 @@ from jaxgrad.pytrees import (
     Static,
     as_params,
     combine,
+    function_name,
     is_array,
     loss_and_aux,
     merge_static,
@@ -115,12 +116,6 @@ def differentiate(
 def _differentiated(
     loss: Loss, has_aux: bool, *, with_value: bool
 ) -> Callable[..., Any]:
-    if not callable(loss):
-        raise TypeError(
-            f"loss must be a function of (params, *args), and is a "
-            f"{type(loss).__name__}."
-        )
-
     def build(get_loss: Callable[[], Loss]) -> _Compiled:
         def derivative(params: PyTree, args: tuple[Any, ...]) -> Any:
             value, aux, gradient = differentiate(get_loss(), params, args, has_aux)
@@ -134,7 +129,13 @@ def _differentiated(
     fast = compiled.fast
 
     @functools.wraps(loss, updated=())
-    def derivative(*operands: Any) -> Any:
+    def derivative(*operands: Any, **keywords: Any) -> Any:
+        if keywords:
+            raise TypeError(
+                f"{function_name(loss)} was given the keyword "
+                f"{next(iter(keywords))!r}. Pass it in its place in *args, or bind it once, outside of any loop: "
+                "`functools.partial(loss, ...)`."
+            )
         if compiled.only_arrays:
             try:
                 return fast(*operands)
@@ -238,8 +239,14 @@ def once_per_loss(
 
     `build` is given a function that returns the loss: what it builds must not hold the
     loss itself, or neither would ever go. A bound method, a new object at each look,
-    is kept under its object. A loss that can't be weakly referenced isn't kept.
+    is kept under its object. A loss that can't be weakly referenced isn't kept, and one
+    made anew each time (a lambda or a partial inside a loop) isn't found again.
     """
+    if not callable(loss):
+        raise TypeError(
+            f"loss must be a function of (params, *args), and is a "
+            f"{type(loss).__name__}."
+        )
     method = isinstance(loss, types.MethodType)
     owner = getattr(loss, "__self__", None) if method else loss
     reference: Any = weakref.WeakMethod if method else weakref.ref

@@ -73,7 +73,7 @@ def mean_squared_error(
 
 def linear_loss(
     params: LinearParams,
-    x: Real[ArrayLike, "*batch features"],
+    x: Real[ArrayLike, "*input"],
     y: Real[ArrayLike, "*target"],
 ) -> Float[Array, ""]:
     r"""The lesson's loss: the mean squared error of a linear layer.

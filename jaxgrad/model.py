@@ -76,7 +76,7 @@ def init_linear(
 
 
 def linear(
-    params: LinearParams, x: Real[ArrayLike, "*batch features"]
+    params: LinearParams, x: Real[ArrayLike, "*input"]
 ) -> Float[Array, "*batch out"]:
     r"""A linear layer: $\hat y = x W^\top + b$.
 

@@ -133,6 +133,7 @@ def _nothing_to_differentiate(named: list[tuple[Any, Any]], kinds: list[Kind]) -
     if not named:
         return "params has no leaves, so there is nothing to differentiate."
     (path, leaf), kind = named[0], kinds[0]
+    what = str(leaf.dtype) if is_array(leaf) else type(leaf).__name__
     numbers = [(p, v) for p, v in named if type(v) in (int, float)]
     if numbers:
         path, leaf = numbers[0]
@@ -145,7 +146,7 @@ def _nothing_to_differentiate(named: list[tuple[Any, Any]], kinds: list[Kind]) -
     return (
         "params has no array of floats, so there is nothing to differentiate: its "
         f"{len(named)} leaves are static or held fixed (`{leaf_name(path)}` is "
-        f"{kind}: {type(leaf).__name__}). params is the loss's first argument."
+        f"{kind}: {what}). params is the loss's first argument."
     )
 
 

@@ -50,8 +50,8 @@ class TrainResult(Report):
     Attributes:
       params: the parameters after the last update, static leaves included.
       losses: `losses[k]` is the loss before update `k * record_every`. A run that
-        stopped early has looked at the loss of the `params` it returns: that is one
-        more entry, the last.
+        stopped early has looked at the loss of the `params` it returns: where that
+        step is one of those recorded, it is one more entry, the last.
       gradient_norms: the 2-norm of the whole gradient, at the same steps.
       steps: how many updates this run made.
       stopped: `None` if all steps were made; else why not: a sentence that begins with

@@ -568,3 +568,15 @@ def test_a_loss_own_error_comes_through_as_it_is(args):
         with pytest.raises(TypeError) as caught:
             derivative(loss)(X, *args)
         assert caught.value is error
+
+
+@pytest.mark.bad_input
+def test_a_keyword_is_told_where_to_go():
+    with pytest.raises(TypeError, match=r"plain_sum.*keyword 'x'.*functools\.partial"):
+        jaxgrad.grad(plain_sum)(X, x=X)
+
+
+@pytest.mark.bad_input
+def test_a_key_alone_is_nothing_to_differentiate():
+    with pytest.raises(TypeError, match=r"`params` is fixed: key<fry>"):
+        jaxgrad.grad(lambda key: jax.random.normal(key))(jax.random.key(0))

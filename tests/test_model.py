@@ -146,3 +146,10 @@ def test_parameters_must_be_floating(dtype):
     name = jnp.dtype(dtype).name
     with pytest.raises(TypeError, match=f"dtype must be floating, and is {name}"):
         jaxgrad.init_linear(jax.random.key(0), 3, 1, dtype)
+
+
+@pytest.mark.bad_input
+def test_an_input_without_features_is_refused():
+    params = jaxgrad.LinearParams(np.ones((2, 3), np.float32), np.ones(2, np.float32))
+    with pytest.raises(ValueError, match=r"x has shape \(\), and weight \(2, 3\)"):
+        jaxgrad.linear(params, np.float32(1))
