@@ -133,7 +133,8 @@ def _differentiated(
         if keywords:
             raise TypeError(
                 f"{function_name(loss)} was given the keyword "
-                f"{next(iter(keywords))!r}. Pass it in its place in *args, or bind it once, outside of any loop: "
+                f"{next(iter(keywords))!r}. Pass it in its place in "
+                "*args, or bind it once, outside of any loop: "
                 "`functools.partial(loss, ...)`."
             )
         if compiled.only_arrays:
