@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: lesson test lint benchmark clean
+.PHONY: lesson test corpus-test lint benchmark clean
 
 # TORCH=1 installs PyTorch too, and runs it beside JAX.
 lesson: $(VENV)/lesson$(TORCH)
@@ -13,6 +13,10 @@ lesson: $(VENV)/lesson$(TORCH)
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2
 	JAXGRAD_WITHOUT_HOOK=1 $(BIN)/python -m pytest -q -n 2 -m bad_input tests
+
+# All losses of tests/corpus, of which `make test` takes every second one.
+corpus-test: $(VENV)/dev
+	JAXGRAD_WHOLE_CORPUS=1 $(BIN)/python -m pytest -q -n 2 tests/test_corpus.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
