@@ -137,6 +137,8 @@ def _differentiated(
                 "*args, or bind it once, outside of any loop: "
                 "`functools.partial(loss, ...)`."
             )
+        if not operands:
+            raise TypeError("Call it as (params, *args): params is missing.")
         if compiled.only_arrays:
             try:
                 return fast(*operands)
@@ -146,8 +148,6 @@ def _differentiated(
                 if all(map(is_array, jax.tree.leaves(operands))):
                     raise
             compiled.only_arrays = False
-        if not operands:
-            raise TypeError("Call it as (params, *args): params is missing.")
         return compiled.general(*split_static((as_params(operands[0]), *operands[1:])))
 
     return derivative  # `__wrapped__` keeps the loss alive as long as this function
