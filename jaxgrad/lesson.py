@@ -16,8 +16,8 @@ from jaxgrad.lesson_lines import (
     Figures,
     Pair,
     jax_figures,
+    live_torch,
     recorded_torch,
-    torch_figures,
 )
 from jaxgrad.tables import Report, Table, number
 
@@ -98,7 +98,7 @@ class Lesson(Report):
 
     def tables(self) -> list[Table]:
         """All parts, then the verdict."""
-        return [t for part in self.parts for t in part.tables()] + [verdict(self)]
+        return [t for part in self.parts for t in part.tables()] + [_summary(self)]
 
 
 # Each side rounds every sum and product once, at most 8 of them in a row, by at most
@@ -124,16 +124,10 @@ def lesson(
     live = importlib.util.find_spec("torch") is not None if torch is None else torch
     options = {**DEFAULTS, "learning_rate": learning_rate, "steps": steps}
     ours = jax_figures(**options)
-    theirs: Figures
-    if live:
-        import torch as torch_module
-
-        version, theirs = torch_module.__version__, torch_figures(**options)
-    else:
-        record = recorded_torch()
-        version, theirs = record["torch"], record["figures"]
-        if any(record[name] != value for name, value in options.items()):
-            theirs = {p.name: None if p.depends else theirs[p.name] for p in PAIRS}
+    record = live_torch(**options) if live else recorded_torch()
+    theirs: Figures = record["figures"]
+    if any(record[name] != value for name, value in options.items()):
+        theirs = {p.name: None if p.depends else theirs[p.name] for p in PAIRS}
     comparisons = {
         pair.name: _compare(pair, theirs[pair.name], ours[pair.name], ours)
         for pair in PAIRS
@@ -141,7 +135,7 @@ def lesson(
     parts = tuple(_parts(comparisons, ours, theirs, options))
     return Lesson(
         ok=all(part.ok for part in parts),
-        torch_version=version.partition("+")[0],
+        torch_version=record["torch"],
         torch_live=live,
         learning_rate=learning_rate,
         steps=steps,
@@ -149,7 +143,7 @@ def lesson(
     )
 
 
-def verdict(report: Lesson) -> Table:
+def _summary(report: Lesson) -> Table:
     """How many comparisons agree, and where PyTorch's figures are from."""
     compared = [c for part in report.parts for c in part.comparisons]
     agree = sum(c.agrees is True for c in compared)

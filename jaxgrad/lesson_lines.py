@@ -234,8 +234,8 @@ PAIRS: tuple[Pair, ...] = (
 )
 
 
-def jax_figures(learning_rate: float, steps: int, tolerance: float) -> Figures:
-    """Runs JAX's lines."""
+def jax_figures(**options: Any) -> Figures:
+    """Runs JAX's lines, with the options that `DEFAULTS` names."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -243,24 +243,27 @@ def jax_figures(learning_rate: float, steps: int, tolerance: float) -> Figures:
     import jaxgrad
 
     scope = {"jax": jax, "jnp": jnp, "optax": optax, "jaxgrad": jaxgrad}
-    scope |= {"learning_rate": learning_rate, "steps": steps, "tolerance": tolerance}
     # Highest: some devices would multiply float32 matrices in fewer digits.
     with jax.default_matmul_precision("highest"):
-        return _run("jax", scope)
+        return _run("jax", scope | options)
 
 
-def torch_figures(learning_rate: float, steps: int, tolerance: float) -> Figures:
-    """Runs PyTorch's lines (the only place where torch is imported)."""
+def live_torch(**options: Any) -> dict[str, Any]:
+    """Runs PyTorch's lines: its version, the options, and the figures.
+
+    The only place where torch is imported.
+    """
     import torch
 
-    scope = {"torch": torch, "learning_rate": learning_rate}
-    return _run("torch", scope | {"steps": steps, "tolerance": tolerance})
+    version = torch.__version__.partition("+")[0]
+    figures = _run("torch", {"torch": torch, **options})
+    return {"torch": version, **options, "figures": figures}
 
 
 def recorded_torch() -> dict[str, Any]:
-    """PyTorch's figures at the defaults, as recorded, and the version that gave them.
+    """What `live_torch` gave at the defaults, as recorded.
 
-    `python -m jaxgrad.lesson_lines` records them anew.
+    `python -m jaxgrad.lesson_lines` records it anew.
     """
     text = (resources.files("jaxgrad") / "lesson_torch.json").read_text("utf-8")
     record: dict[str, Any] = json.loads(text)
@@ -286,16 +289,9 @@ def _record() -> None:
     import os
     import pathlib
 
-    import torch
-
-    record = {
-        "torch": torch.__version__.partition("+")[0],
-        **DEFAULTS,
-        "figures": torch_figures(**DEFAULTS),
-    }
     path = pathlib.Path(__file__).with_name("lesson_torch.json")
     whole = path.with_suffix(".json.new")
-    whole.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    whole.write_text(json.dumps(live_torch(**DEFAULTS), indent=1) + "\n", "utf-8")
     os.replace(whole, path)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxgrad import lesson as lesson_module
 from jaxgrad.cli import main
-from jaxgrad.lesson_lines import DEFAULTS, PAIRS, recorded_torch, torch_figures
+from jaxgrad.lesson_lines import DEFAULTS, PAIRS, live_torch, recorded_torch
 
 
 def run(*arguments, **options):
@@ -77,7 +77,7 @@ def test_recorded_figures_are_those_of_live_pytorch():
     """Run `python -m jaxgrad.lesson_lines` to record them anew."""
     record = recorded_torch()
     assert {name: record[name] for name in DEFAULTS} == DEFAULTS
-    live = torch_figures(**DEFAULTS)
+    live = live_torch(**DEFAULTS)["figures"]
     assert live.keys() == record["figures"].keys() == {pair.name for pair in PAIRS}
     for name, figure in live.items():
         np.testing.assert_allclose(record["figures"][name], figure, rtol=1e-6)
