@@ -61,6 +61,16 @@ class Table:
             console.print(Text(self.note), soft_wrap=False)
         console.print()
 
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(
+            width=WIDTH, color_system=None, highlight=False, force_jupyter=False
+        )
+        with console.capture() as capture:
+            self.draw(console)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
     def to_html(self) -> str:
         """The table as HTML, with every text escaped."""
 
@@ -97,15 +107,7 @@ class Report:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(
-            width=WIDTH, color_system=None, highlight=False, force_jupyter=False
-        )
-        with console.capture() as capture:
-            for table in self.tables():
-                table.draw(console)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+        return "\n".join(map(str, self.tables()))
 
     __repr__ = __str__  # for the prompt; a derived dataclass says repr=False
 

@@ -7,9 +7,8 @@ import statistics
 from collections.abc import Callable, Iterable
 
 import jax
-from rich.console import Console
 
-from jaxgrad.tables import WIDTH, Table
+from jaxgrad.tables import Table
 
 Times = dict[str, list[float]]
 
@@ -47,11 +46,7 @@ def duration(seconds: float) -> str:
 def show(title: str, rows: Iterable[list[str]], base: str) -> None:
     """Prints a table of `rows`."""
     columns = ["", ">median", f">times {base}", ">goal"]
-    console = Console(width=WIDTH, color_system=None, highlight=False)
-    with console.capture() as capture:
-        Table(title, columns, rows).draw(console)
-    lines = [line.rstrip() for line in capture.get().splitlines()]
-    print("\n".join(lines).rstrip(), end="\n\n")
+    print(str(Table(title, columns, rows)).rstrip(), end="\n\n")
 
 
 def machine(torch_version: str) -> str:
