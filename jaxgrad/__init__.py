@@ -1,6 +1,6 @@
 """Compute gradients with JAX, and see, check and compare them."""
 
-from jaxgrad.differences import Difference, DifferenceTable, difference_table
+from jaxgrad.differences import DifferenceTable, difference_table
 from jaxgrad.gradients import grad, value_and_grad
 from jaxgrad.losses import linear_loss, mean_squared_error, squared_error
 from jaxgrad.model import LinearParams, init_linear, linear
@@ -8,7 +8,6 @@ from jaxgrad.sgd import SGDState, init_sgd, sgd_update
 from jaxgrad.training import TrainResult, TrainState, train
 
 __all__ = [
-    "Difference",
     "DifferenceTable",
     "LinearParams",
     "SGDState",

@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jaxgrad.lesson_lines import DEFAULTS
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command, and returns its exit status: 0 if every comparison agrees."""
@@ -56,12 +58,15 @@ def _parser() -> argparse.ArgumentParser:
         "comparison agrees within its tolerance, else 1.",
     )
     command.add_argument(
-        "--learning-rate", type=_rate, default=0.01, help="default: %(default)s"
+        "--learning-rate",
+        type=_rate,
+        default=DEFAULTS["learning_rate"],
+        help="default: %(default)s",
     )
     command.add_argument(
         "--steps",
         type=_steps,
-        default=1000,
+        default=DEFAULTS["steps"],
         help="train on for at most so many steps; default: %(default)s",
     )
     command.add_argument("--json", action="store_true", help="print plain data")

@@ -56,6 +56,7 @@ class Part(Report):
       text: what it is about.
       comparisons: PyTorch's lines and figures beside JAX's.
       extra: further tables.
+      ok: no comparison disagrees.
     """
 
     title: str
@@ -190,7 +191,11 @@ def _compare(pair: Pair, torch: Any, jax: Any, figures: Figures) -> Comparison:
 def _parts(
     comparisons: dict[str, Comparison], jax: Figures, torch: Figures, options: Any
 ) -> Iterator[Part]:
-    """The parts in their order. Every number in the texts is one that was computed."""
+    """The parts in their order.
+
+    What is given (parameters, input, target, the page's figures) is written here; every
+    other number in the texts was computed.
+    """
     rate, tolerance = options["learning_rate"], options["tolerance"]
     ours = {name: _figure(value) for name, value in jax.items()}
 

@@ -10,7 +10,7 @@ from jaxgrad.model import LinearParams, linear
 
 def squared_error(
     prediction: Real[ArrayLike, "*prediction"], target: Real[ArrayLike, "*target"]
-) -> Real[Array, "*prediction"]:
+) -> Float[Array, "*prediction"]:
     r"""The squared error of each entry: $(\hat y_i - y_i)^2$.
 
     Args:

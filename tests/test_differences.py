@@ -14,6 +14,7 @@ DTYPES = ["bfloat16", "float16", "float32", "float64"]
 
 def test_the_lessons_limit():
     table = jaxgrad.difference_table(lambda w: w**2, 3.0, dtype="float64")
+    assert isinstance(table, jaxgrad.DifferenceTable)
     assert table.exact == 6.0
     for row in table.rows[:6]:
         # (3 + h)**2 - 3**2 is 6h + h**2: off by h, and by nothing in the middle.

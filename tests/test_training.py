@@ -145,6 +145,17 @@ def test_a_schedule_may_be_any_callable():
     chex.assert_trees_all_equal(run(learning_rate=Constant(0.1)).params, run().params)
 
 
+def test_a_state_survives_being_saved_as_plain_arrays():
+    whole, half = run(20), run(8)
+    saved = jax.tree.map(np.asarray, half.state)
+    restored = jaxgrad.TrainState(*saved)
+    rest = run(12, state=restored)
+    chex.assert_trees_all_equal(rest.state, whole.state)
+    assert isinstance(rest, jaxgrad.TrainResult)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rest.steps = 0
+
+
 def test_a_number_alone_is_the_parameter():
     result = jaxgrad.train(lambda w: w**2, 3.0, steps=1, learning_rate=1 / 6)
     np.testing.assert_allclose(result.params, 2.0, rtol=1e-6)

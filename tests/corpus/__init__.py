@@ -1,4 +1,4 @@
-"""The corpus: correct losses, and ways to break their gradients, which ours must tell.
+"""The corpus: correct losses, and ways to break their gradients, to tell apart.
 
 `CASES` holds the losses; `WAYS` the breaks, `break_loss` and `break_inner` plant one,
 and `effective` says whether it does anything at a case's point, and to which leaves.
