@@ -1,5 +1,14 @@
 """Compute gradients with JAX, and see, check and compare them."""
 
+from jaxgrad.checking import (
+    EntryCheck,
+    Finding,
+    GradientCheck,
+    LeafCheck,
+    RuleCheck,
+    assert_gradient,
+    check_gradient,
+)
 from jaxgrad.differences import DifferenceTable, difference_table
 from jaxgrad.gradients import grad, value_and_grad
 from jaxgrad.losses import linear_loss, mean_squared_error, squared_error
@@ -9,10 +18,17 @@ from jaxgrad.training import TrainResult, TrainState, train
 
 __all__ = [
     "DifferenceTable",
+    "EntryCheck",
+    "Finding",
+    "GradientCheck",
+    "LeafCheck",
     "LinearParams",
+    "RuleCheck",
     "SGDState",
     "TrainResult",
     "TrainState",
+    "assert_gradient",
+    "check_gradient",
     "difference_table",
     "grad",
     "init_linear",

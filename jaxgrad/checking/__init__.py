@@ -1,0 +1,20 @@
+"""Says whether a gradient is right, where it is wrong, and how."""
+
+from jaxgrad.checking.check import assert_gradient, check_gradient
+from jaxgrad.checking.report import (
+    EntryCheck,
+    Finding,
+    GradientCheck,
+    LeafCheck,
+    RuleCheck,
+)
+
+__all__ = [
+    "EntryCheck",
+    "Finding",
+    "GradientCheck",
+    "LeafCheck",
+    "RuleCheck",
+    "assert_gradient",
+    "check_gradient",
+]

@@ -1,0 +1,372 @@
+"""What is checked: a function's equations, those of its gradient, and where it stands."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.equations import (
+    Path,
+    Place,
+    Taps,
+    Value,
+    Walk,
+    bodies,
+    equations,
+    evaluate,
+    function_place,
+    rule_place,
+    rule_sites,
+    still,
+    taps_of,
+    wider,
+)
+from jaxgrad.pytrees import (
+    Loss,
+    PyTree,
+    function_name,
+    is_array,
+    kind_of,
+    leaf_name,
+    loss_and_aux,
+    merge_static,
+    split_static,
+)
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# Below this many numbers in all variables together, a program takes longer to optimise
+# than to run: 4,000,000 float64 operations take about a millisecond each time.
+_SMALL = 4_000_000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A scalar function of some arrays, as equations.
+
+    Attributes:
+      names: the leaves' paths.
+      values: the leaves, which are differentiated.
+      fixed: the other arrays that the function takes.
+      loss: its equations, from `[*values, *fixed]` to a scalar.
+      gradient: those of its reverse mode, from `[*values, *fixed, cotangent, *taps]` to
+        the value and the gradients; `None` where it has none.
+      forward: those of its forward mode, from `[*values, *fixed, *tangents]`.
+      taps: the zeros that are added to the inputs and outputs of trusted rules.
+      trusted: says of a custom rule's place whether it's meant to differ.
+    """
+
+    names: tuple[str, ...]
+    values: list[Any]
+    fixed: list[Any]
+    loss: Any
+    gradient: Any
+    forward: Any
+    taps: Taps
+    trusted: Callable[[Place], bool]
+
+    @cached_property
+    def size(self) -> int:
+        """How many numbers one evaluation of the loss makes, about."""
+        return count_numbers(self.loss)
+
+
+def count_numbers(closed: Any) -> int:
+    """The numbers in all variables of a jaxpr, those of a scan times its length."""
+    total = 0
+    for eqn in closed.jaxpr.eqns:
+        inside = sum(map(count_numbers, bodies(eqn))) * eqn.params.get("length", 1)
+        total += inside or sum(int(np.prod(v.aval.shape)) for v in eqn.outvars)
+    return total
+
+
+def compiled(function: Callable[..., Any], size: int) -> Any:
+    """`jax.jit`, with little optimisation where it would take longer than it saves."""
+    options = QUICK if size < _SMALL and jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=options)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """`(params, *args)` as arrays, and the way back."""
+
+    arrays: list[Any]
+    static: Any
+    chosen: tuple[int, ...]
+    """The places of the leaves to differentiate among the arrays."""
+
+    @property
+    def values(self) -> list[Any]:
+        return [self.arrays[place] for place in self.chosen]
+
+    @property
+    def fixed(self) -> list[Any]:
+        places = set(self.chosen)
+        return [x for place, x in enumerate(self.arrays) if place not in places]
+
+    def merge(self, values: Sequence[Any], fixed: Sequence[Any]) -> tuple[Any, ...]:
+        """`(params, *args)` again, with other values."""
+        stock, places = iter(fixed), dict(zip(self.chosen, values, strict=True))
+        arrays = [
+            places[place] if place in places else next(stock)
+            for place in range(len(self.arrays))
+        ]
+        return merge_static(arrays, self.static)
+
+
+def operands_of(
+    params: PyTree, args: tuple[Any, ...], patterns: Sequence[str] | None
+) -> tuple[Operands, tuple[str, ...], list[tuple[str, Any]]]:
+    """The arrays of `(params, *args)`, the names of the leaves to check, and the rest.
+
+    The rest are the leaves of integers, which have no gradient.
+
+    Raises:
+      TypeError: a leaf is complex or of another library, or none is floating.
+      ValueError: a pattern fits no leaf.
+    """
+    arrays, static = split_static((params, *args))
+    named = jax.tree_util.tree_leaves_with_path(params)
+    place, chosen, names, integers = 0, [], [], []
+    for path, leaf in named:
+        name, kind = leaf_name(path), kind_of(leaf)
+        if kind == "complex":
+            raise TypeError(
+                f"Leaf `{name}` has dtype {leaf.dtype}: complex parameters aren't "
+                "covered. Hold the real and the imaginary part as two real leaves, and "
+                "join them inside the loss."
+            )
+        if kind == "differentiable":
+            chosen.append(place)
+            names.append(name)
+        elif kind == "integer":
+            integers.append((name, leaf))
+        place += is_array(leaf)
+    if not names:
+        raise TypeError(
+            "params has no array of floats, so there is no gradient to check. It holds "
+            f"{', '.join(f'`{leaf_name(p)}` ({kind_of(x)})' for p, x in named[:4])}"
+            f"{' and more' if len(named) > 4 else ''}. params is the loss's first "
+            "argument."
+        )
+    if patterns is not None:
+        keep: set[str] = set()
+        for pattern in patterns:
+            fits = {n for n in names if n == pattern or _fits(n, pattern)}
+            if not fits:
+                raise ValueError(
+                    f"leaves={pattern!r} fits no leaf. The leaves are "
+                    f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}; a "
+                    "pattern is a path, `*` standing for any text."
+                )
+            keep |= fits
+        both = [(c, n) for c, n in zip(chosen, names, strict=True) if n in keep]
+        chosen, names = [c for c, _ in both], [n for _, n in both]
+        integers = []
+    return Operands(arrays, static, tuple(chosen)), tuple(names), integers
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern.replace("[", "[[]"))
+
+
+def scalar_function(loss: Loss, has_aux: bool, seed: int) -> Callable[..., Any]:
+    """The loss as a function to a scalar: arrays are projected on fixed random ones."""
+
+    def scalar(*operands: Any) -> Any:
+        output = loss(*operands)
+        if has_aux:
+            if not (isinstance(output, tuple) and len(output) == 2):
+                loss_and_aux(loss, output, has_aux)
+            output = output[0]
+        leaves = jax.tree.leaves(output)
+        arrays = [x for x in leaves if is_array(x)]
+        if not arrays or (len(leaves) == 1 and jnp.ndim(arrays[0]) == 0):
+            return loss_and_aux(loss, output, has_aux=False)[0]
+        inexact = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)]
+        if not inexact:
+            raise TypeError(
+                f"{function_name(loss)} returned no floating array: integers and "
+                "booleans have no gradient."
+            )
+        rng = np.random.default_rng(seed)
+        return sum(project(x, rng) for x in inexact)
+
+    return scalar
+
+
+def project(array: Any, rng: np.random.Generator) -> Any:
+    """The sum of an array's entries times fixed random numbers, none of them small."""
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        return project(array.real, rng) + project(array.imag, rng)
+    wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return jnp.sum(wide * jnp.asarray(spread(rng, array.shape), wide.dtype))
+
+
+def spread(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Random numbers of both signs, of sizes from 0.5 to 1.5.
+
+    Not near 0, so that no entry hides; not all of one size, so that no two cancel.
+    """
+    signs = rng.integers(0, 2, shape, np.int8) * 2 - 1
+    return np.asarray(signs * rng.uniform(0.5, 1.5, shape))
+
+
+def trust_of(trust: Sequence[Callable[..., Any]], loss: Any) -> Callable[[Place], bool]:
+    """Says of a custom rule's place whether it's one of the trusted functions.
+
+    Raises:
+      ValueError: the loss has no custom rule of a trusted function.
+    """
+    places = {function_place(function) for function in trust}
+    found = {rule_place(eqn) for eqn, _ in rule_sites(loss).values()}
+    for place in places - found:
+        others = ", ".join(sorted(str(p) for p in found if p.line)[:4]) or "none"
+        raise ValueError(
+            f"trust= names {place}, and the loss has no custom rule of it. Give the "
+            "function that `jax.custom_vjp` or `jax.custom_jvp` made. The loss's custom "
+            f"rules: {others}."
+        )
+    return lambda place: place in places
+
+
+def equations_of(
+    names: tuple[str, ...],
+    values: list[Any],
+    fixed: list[Any],
+    function: Callable[[Sequence[Any], Sequence[Any]], Any],
+    *,
+    trust: Sequence[Callable[..., Any]] = (),
+    reverse: bool = True,
+) -> Problem:
+    """Traces a scalar function of `(values, fixed)`, its gradient and its tangent."""
+    loss = jax.make_jaxpr(function)(values, fixed)
+    trusted = trust_of(trust, loss)
+    taps = taps_of(loss, trusted) if trust else {}
+
+    def tapped(values: Sequence[Any], taps: Any, fixed: Sequence[Any]) -> Any:
+        if not taps:
+            return function(values, fixed)  # traced anew, to see if it's deterministic
+        moving = [Value(x, x, moves=True) for x in values]
+        walk = Walk(wide=False, keep=True, trusted=trusted, taps=taps)
+        return evaluate(loss, [*moving, *map(still, fixed)], walk)[0].now
+
+    def backward(
+        values: Sequence[Any], fixed: Sequence[Any], cotangent: Any, taps: Any
+    ) -> Any:
+        value, pull = jax.vjp(lambda v, t: tapped(v, t, fixed), values, taps)
+        return value, pull(cotangent)
+
+    gradient = None
+    if reverse:
+        out = loss.out_avals[0]
+        one = jax.ShapeDtypeStruct((), out.dtype)
+        gradient = jax.make_jaxpr(backward)(values, fixed, one, taps)
+    forward = None if trust else _forward_equations(function, loss, values, fixed)
+    return Problem(names, values, fixed, loss, gradient, forward, taps, trusted)
+
+
+def _forward_equations(
+    function: Callable[..., Any], loss: Any, values: list[Any], fixed: list[Any]
+) -> Any:
+    names = [eqn.primitive.name for eqn in equations(loss)]
+    if any(name.startswith("custom_vjp_call") for name in names):
+        return None
+    try:
+        return jax.make_jaxpr(
+            lambda v, f, t: jax.jvp(lambda v: function(v, f), (v,), (t,))[1]
+        )(values, fixed, values)
+    except (TypeError, ValueError, NotImplementedError):
+        return None  # a primitive without a forward rule
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """A gradient, leaf by leaf, and what came with it.
+
+    Attributes:
+      value: the loss.
+      leaves: one float64 array per leaf.
+      slopes: the derivative along one direction by forward and by reverse mode.
+      pulls: the cotangents of the inputs and outputs of trusted rules.
+    """
+
+    value: float
+    leaves: list[np.ndarray]
+    slopes: tuple[float, float] | None
+    pulls: dict[Path, Any]
+
+
+def native_gradient(problem: Problem) -> Gradients:
+    """What `jax.grad` gives, in the function's own dtypes, on its own device."""
+    jaxpr, consts = problem.gradient.jaxpr, problem.gradient.consts
+    one = np.ones((), problem.loss.out_avals[0].dtype)
+    taps = jax.tree.leaves(problem.taps)
+
+    def run(consts: Any, operands: list[Any]) -> list[Any]:
+        return jax.core.eval_jaxpr(jaxpr, consts, *operands)
+
+    out = compiled(run, problem.size)(
+        consts, [*problem.values, *problem.fixed, one, *taps]
+    )
+    value, *leaves = out[: 1 + len(problem.values)]
+    return Gradients(float(value), [as_numpy(x) for x in leaves], None, {})
+
+
+def as_numpy(array: Any) -> np.ndarray:
+    """An array of floats on the host, in float64."""
+    return np.asarray(array).astype(np.float64, copy=False)
+
+
+def on_host(arrays: Any) -> Any:
+    """The arrays on the CPU."""
+    return jax.device_put(arrays, jax.local_devices(backend="cpu")[0])
+
+
+def wide_gradient(
+    problem: Problem, tangents: Sequence[np.ndarray], notes: list[str]
+) -> Gradients:
+    """What the rules give in float64: the equations of the gradient, made wider."""
+    count = len(problem.values)
+    walk = Walk(notes=notes)
+
+    def run(values: Any, fixed: Any, consts: Any, tangents: Any) -> Any:
+        moving = [Value(x, x, moves=True) for x in values]
+        held = [still(x) for x in fixed]
+        one = jnp.ones((), jnp.float64)
+        rest = [Value(x, x, moves=True) for x in [one, *jax.tree.leaves(problem.taps)]]
+        closed = jax.extend.core.ClosedJaxpr(problem.gradient.jaxpr, consts[0])
+        out = [v.now for v in evaluate(closed, [*moving, *held, *rest], walk)]
+        if problem.forward is None:
+            return out, None
+        # Each leaf's part is made as large as any other's, so that none hides.
+        parts = [g * t for g, t in zip(out[1 : 1 + count], tangents, strict=True)]
+        sizes = [jnp.sqrt(jnp.sum(part**2)) for part in parts]
+        sizes = [jnp.where(size > 0, size, 1) for size in sizes]
+        reverse = sum(jnp.sum(p) / s for p, s in zip(parts, sizes, strict=True))
+        closed = jax.extend.core.ClosedJaxpr(problem.forward.jaxpr, consts[1])
+        scaled = [t / s for t, s in zip(tangents, sizes, strict=True)]
+        steps = [Value(x, x, moves=True) for x in scaled]
+        return out, (evaluate(closed, [*moving, *held, *steps], walk)[0].now, reverse)
+
+    forward = problem.forward
+    consts = (problem.gradient.consts, forward.consts if forward else ())
+    with jax.enable_x64(True):
+        operands = on_host(
+            ([wider(x) for x in problem.values], problem.fixed, consts, list(tangents))
+        )
+        out, slopes = compiled(run, problem.size)(*operands)
+        value, leaves, taps = out[0], out[1 : 1 + count], out[1 + count :]
+        pulls = jax.tree.unflatten(jax.tree.structure(problem.taps), taps)
+    return Gradients(
+        float(value),
+        [as_numpy(x) for x in leaves],
+        None if slopes is None else (float(slopes[0]), float(slopes[1])),
+        pulls,
+    )

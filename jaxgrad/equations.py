@@ -1,0 +1,721 @@
+"""Walks a loss's jaxpr, equation by equation: wider, displaced, its rules set apart."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import site
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_ClosedJaxpr = jax.extend.core.ClosedJaxpr
+
+Path = tuple[int, ...]
+"""Where an equation stands: its number, after those of the equations it stands in."""
+Taps = Mapping[Path, tuple[Sequence[Any], Sequence[Any]]]
+"""Per equation of a trusted rule: an array, or `None`, per input and per output."""
+
+
+class Place(NamedTuple):
+    """A line of source code."""
+
+    function: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"`{self.function}` ({os.path.basename(self.file)}, line {self.line})"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Value:
+    """What a variable of the jaxpr holds.
+
+    Attributes:
+      now: its value at the displaced point.
+      held: its value at the point itself, if both are kept; else `now`.
+      moves: whether it depends on the parameters.
+    """
+
+    now: Any
+    held: Any
+    moves: bool = field(metadata={"static": True})
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How to evaluate.
+
+    Attributes:
+      wide: whether what depends on the parameters is computed in float64.
+      pairs: whether the point itself is evaluated beside the displaced one.
+      hold: with pairs, whether `stop_gradient` returns the value at the point.
+      keep: whether custom rules are kept; else their forward parts are walked into.
+      trusted: says of a custom rule's place whether it's meant to differ.
+      taps: what is added to the inputs and outputs of trusted rules.
+      pulls: the cotangents of the inputs and outputs of trusted rules, by which their
+        outputs are displaced.
+      inert: whether `stop_gradient` holds nothing, as in a rule's forward part.
+      record: if given, the inputs of custom rules are collected; per equation of one,
+        it gets which of its inputs depend on the parameters.
+      path: where the jaxpr stands.
+      notes: gets a line for each equation that could not be computed wider.
+    """
+
+    wide: bool = True
+    pairs: bool = False
+    hold: Any = True
+    keep: bool = False
+    trusted: Callable[[Place], bool] = lambda place: False
+    taps: Taps = field(default_factory=dict)
+    pulls: Taps = field(default_factory=dict)
+    inert: bool = False
+    record: dict[Path, list[bool]] | None = None
+    path: Path = ()
+    notes: list[str] = field(default_factory=list)
+
+
+class Opaque(ValueError):
+    """An equation that can't be evaluated anew: a callback, a kernel."""
+
+
+Seen = dict[Path, tuple[Any, list[Any]]]
+"""Per equation of a custom rule: whether it was run, and its inputs."""
+
+
+def evaluate(
+    closed: Any, values: Sequence[Value], walk: Walk, seen: Seen | None = None
+) -> list[Value]:
+    """The outputs of a closed jaxpr, for the values of its inputs.
+
+    Raises:
+      Opaque: what depends on the parameters goes through a callback or a kernel.
+    """
+    jaxpr = closed.jaxpr
+    seen = {} if seen is None else seen
+    environment = dict(zip(jaxpr.invars, values, strict=True))
+    for variable, const in zip(jaxpr.constvars, closed.consts, strict=True):
+        environment[variable] = still(const)
+
+    def read(atom: Any) -> Value:
+        if isinstance(atom, jax.extend.core.Literal):
+            return still(np.asarray(atom.val, atom.aval.dtype))
+        return environment[atom]
+
+    for number, eqn in enumerate(jaxpr.eqns):
+        inputs = [read(atom) for atom in eqn.invars]
+        here = replace(walk, path=(*walk.path, number))
+        outputs = _equation(eqn, inputs, here, seen)
+        environment.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def still(value: Any) -> Value:
+    """A value that doesn't depend on the parameters."""
+    return Value(value, value, moves=False)
+
+
+def _equation(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+    name = eqn.primitive.name
+    if name in _DROPPED:
+        return []
+    if not any(value.moves for value in inputs):
+        return [still(out) for out in bind(eqn, [value.now for value in inputs])]
+    if name in _OPAQUE:
+        raise Opaque(
+            f"`{name}` at {source_of(eqn)} can't be evaluated anew in float64. Pass "
+            "reference=, a plain function of (params, *args) that computes the same."
+        )
+    handler = _HANDLERS.get(name, _plain)
+    return handler(eqn, inputs, walk, seen)
+
+
+def bind(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any]:
+    """Applies an equation's primitive, with some of its parameters changed."""
+    params = eqn.primitive.get_bind_params({**eqn.params, **changed})
+    functions: Sequence[Any] = ()
+    if isinstance(params, tuple):  # before jax 0.10
+        functions, params = params
+    out = eqn.primitive.bind(*functions, *operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def wider(array: Any) -> Any:
+    """An array of floats in float64, of complex numbers in complex128."""
+    wide = _wide_dtype(array.dtype)
+    return array if wide == array.dtype else lax.convert_element_type(array, wide)
+
+
+def _wide_dtype(dtype: Any) -> Any:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return np.dtype(np.float64)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return np.dtype(np.complex128)
+    return dtype
+
+
+def promote(value: Value, walk: Walk, moves: bool = True) -> Value:
+    """The value as one that moves, if it should."""
+    if not moves or (value.moves and not walk.wide):
+        return replace(value, moves=moves)
+    if not walk.wide:
+        return replace(value, moves=True)
+    return Value(wider(value.now), wider(value.held), moves=True)
+
+
+def _both(function: Callable[..., Any], inputs: Sequence[Value], walk: Walk) -> Any:
+    """A function of arrays, applied to the displaced values and to the held ones."""
+    now = function([value.now for value in inputs])
+    held = function([value.held for value in inputs]) if walk.pairs else now
+    return [Value(n, h, moves=True) for n, h in zip(now, held, strict=True)]
+
+
+def _plain(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+    if not walk.wide:
+        return _both(lambda operands: bind(eqn, operands), inputs, walk)
+    inputs = [promote(value, walk) for value in inputs]
+    changed = {
+        key: _wide_param(value)
+        for key, value in eqn.params.items()
+        if isinstance(value, np.dtype | jax.extend.core.Jaxpr | _ClosedJaxpr)
+    }
+    if isinstance(
+        eqn.params.get("precision"), lax.DotAlgorithm | lax.DotAlgorithmPreset
+    ):
+        changed["precision"] = None
+    try:
+        return _both(lambda operands: bind(eqn, operands, **changed), inputs, walk)
+    except (TypeError, ValueError, NotImplementedError):
+        return _natively(eqn, inputs, walk, seen)
+
+
+def _wide_param(value: Any) -> Any:
+    """A dtype made wider, or the jaxpr of a small function of wider numbers."""
+    if isinstance(value, np.dtype):
+        return _wide_dtype(value)
+
+    def function(*operands: Any) -> list[Any]:
+        values = [Value(x, x, moves=True) for x in operands]
+        return [out.now for out in evaluate(_closed(value), values, Walk())]
+
+    closed = jax.make_jaxpr(function)(
+        *(
+            jax.ShapeDtypeStruct(variable.aval.shape, _wide_dtype(variable.aval.dtype))
+            for variable in _closed(value).jaxpr.invars
+        )
+    )
+    return closed if isinstance(value, _ClosedJaxpr) else closed.jaxpr
+
+
+def _natively(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+    """In the dtypes that the equation has, between wider ones."""
+    walk.notes.append(f"`{eqn.primitive.name}` at {source_of(eqn)}")
+
+    def function(operands: list[Any]) -> list[Any]:
+        return [wider(out) for out in bind(eqn, _narrow(eqn, operands))]
+
+    return _both(function, inputs, walk)
+
+
+def _narrow(eqn: Any, operands: list[Any]) -> list[Any]:
+    return [
+        lax.convert_element_type(x, atom.aval.dtype)
+        if jnp.issubdtype(atom.aval.dtype, jnp.inexact)
+        else x
+        for x, atom in zip(operands, eqn.invars, strict=True)
+    ]
+
+
+def _bits(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+    return (_natively if walk.wide else _plain)(eqn, inputs, walk, seen)
+
+
+def _drawn(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+    """A sample that JAX differentiates implicitly, through its distribution function.
+
+    The sampler rejects draws, so that its own derivative at a fixed key is another.
+    """
+    if not walk.wide:
+        return _plain(eqn, inputs, walk, seen)
+
+    def sample(operands: list[Any]) -> list[Any]:
+        return [wider(x) for x in bind(eqn, _narrow(eqn, operands))]
+
+    held = [value.held for value in inputs]
+    if not walk.pairs:
+        return _both(sample, inputs, walk)
+    floats = [i for i, x in enumerate(held) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def of_floats(*chosen: Any) -> list[Any]:
+        operands = list(held)
+        for place, x in zip(floats, chosen, strict=True):
+            operands[place] = x
+        return sample(operands)
+
+    at = [wider(held[i]) for i in floats]
+    steps = [wider(inputs[i].now) - x for i, x in zip(floats, at, strict=True)]
+    out, change = jax.jvp(of_floats, at, steps)
+    return [Value(y + d, y, moves=True) for y, d in zip(out, change, strict=True)]
+
+
+def _stop(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+    (value,) = inputs
+    if walk.inert:
+        return [value]
+    if not walk.pairs:
+        return [Value(*2 * (lax.stop_gradient(value.now),), moves=True)]
+    if not jnp.issubdtype(value.now.dtype, jnp.inexact):
+        return [value]
+    return [replace(value, now=jnp.where(walk.hold, value.held, value.now))]
+
+
+def _rounded(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+    return inputs if walk.wide else _plain(eqn, inputs, walk, seen)
+
+
+def _inline(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+    return evaluate(_body(eqn), inputs, walk, seen)
+
+
+def _body(eqn: Any) -> Any:
+    for key in ("jaxpr", "call_jaxpr", "call", "fun_jaxpr"):
+        if key in eqn.params:
+            return _closed(eqn.params[key])
+    raise KeyError(eqn.primitive.name)
+
+
+def _closed(jaxpr: Any) -> Any:
+    if isinstance(jaxpr, _ClosedJaxpr):
+        return jaxpr
+    return _ClosedJaxpr(jaxpr, ())
+
+
+def _custom(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+    place = rule_place(eqn)
+    trusted = walk.trusted(place) and not walk.inert
+    if walk.record is not None:
+        seen[walk.path] = (jnp.array(True), [value.now for value in inputs])
+        walk.record[walk.path] = [value.moves for value in inputs]
+    if walk.keep:
+        before, after = walk.taps.get(walk.path, ((), ()))
+        out = bind(eqn, _add([value.now for value in inputs], before))
+        return [Value(x, x, moves=True) for x in _add(out, after)]
+    outputs = evaluate(_body(eqn), inputs, replace(walk, inert=True), seen)
+    outputs = [promote(value, walk) for value in outputs]
+    return _trusted(inputs, outputs, walk) if trusted else outputs
+
+
+def _add(arrays: list[Any], taps: Sequence[Any]) -> list[Any]:
+    if not taps:
+        return arrays
+    return [x if t is None else x + t for x, t in zip(arrays, taps, strict=True)]
+
+
+def _trusted(inputs: list[Value], outputs: list[Value], walk: Walk) -> list[Value]:
+    r"""Displaces a trusted rule's outputs as its rule claims.
+
+    For the cotangents $c$ of the outputs $y$ and $R(c)$ of the inputs $x$:
+    $y' = y + c \langle R(c), x' - x \rangle / \langle c, c \rangle$, so that
+    $\langle c, y' - y \rangle = \langle R(c), x' - x \rangle$ whatever $R$ is.
+    """
+    pulled, along = walk.pulls[walk.path]
+    size = sum(jnp.sum(c**2) for c in along if c is not None)
+    change = sum(
+        jnp.sum(r * (x.now - _at(x.held, walk)))
+        for r, x in zip(pulled, inputs, strict=True)
+        if r is not None
+    )
+    change = jnp.where(size > 0, change / jnp.where(size > 0, size, 1), 0)
+    return [
+        y
+        if c is None
+        else replace(y, now=jnp.where(walk.hold, _at(y.held, walk) + c * change, y.now))
+        for y, c in zip(outputs, along, strict=True)
+    ]
+
+
+def _at(held: Any, walk: Walk) -> Any:
+    return held if walk.pairs else lax.stop_gradient(held)
+
+
+def _scan(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+    params = eqn.params
+    body = params["jaxpr"]
+    consts, carry, xs = _scan_parts(params, inputs)
+    flags = _scan_flags(params, [value.moves for value in inputs])
+    carry = [promote(v, walk, m) for v, m in zip(carry, flags, strict=False)]
+    taps, pulls = _within(walk.taps, walk.path), _within(walk.pulls, walk.path)
+
+    def step(carry: Any, row: Any) -> Any:
+        row, taps, pulls = row
+        inner = replace(walk, taps=taps, pulls=pulls)
+        found: Seen = {}
+        outputs = evaluate(body, [*consts, *carry, *row], inner, found)
+        promoted = [promote(v, walk, m) for v, m in zip(outputs, flags, strict=True)]
+        return promoted[: len(carry)], (promoted[len(carry) :], found)
+
+    last, (ys, found) = lax.scan(
+        step,
+        carry,
+        (xs, taps, pulls),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    seen.update(found)
+    return [*last, *ys]
+
+
+def _scan_parts(params: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
+    if "ft_in" in params:  # from jax 0.12
+        parts = params["ft_in"].update(inputs).unpack()
+        return tuple(list(part) for part in parts)
+    first = params["num_consts"]
+    then = first + params["num_carry"]
+    return list(inputs[:first]), list(inputs[first:then]), list(inputs[then:])
+
+
+def _within(entries: Mapping[Path, Any], path: Path) -> dict[Path, Any]:
+    return {key: x for key, x in entries.items() if key[: len(path)] == path}
+
+
+def _while(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+    params = eqn.params
+    first = params["cond_nconsts"]
+    then = first + params["body_nconsts"]
+    tests, consts, carry = inputs[:first], inputs[first:then], inputs[then:]
+    flags = _while_flags(params, [value.moves for value in inputs])
+    carry = [promote(v, walk, m) for v, m in zip(carry, flags, strict=True)]
+    inner = replace(walk, record=None, taps={})
+
+    def going(carry: list[Value]) -> Value:
+        return evaluate(params["cond_jaxpr"], [*tests, *carry], inner)[0]
+
+    def goes_on(carry: list[Value]) -> Any:
+        test = going(carry)
+        return test.now | test.held if walk.pairs else test.now
+
+    def step(carry: list[Value]) -> list[Value]:
+        after = evaluate(params["body_jaxpr"], [*consts, *carry], inner)
+        after = [promote(v, walk, m) for v, m in zip(after, flags, strict=True)]
+        if not walk.pairs:
+            return after
+        test = going(carry)
+        return [
+            Value(
+                _select(test.now, new.now, old.now),
+                _select(test.held, new.held, old.held),
+                new.moves,
+            )
+            for new, old in zip(after, carry, strict=True)
+        ]
+
+    return lax.while_loop(goes_on, step, carry)
+
+
+def _select(test: Any, new: Any, old: Any) -> Any:
+    if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
+        return lax.cond(test, lambda: new, lambda: old)
+    return jnp.where(test, new, old)
+
+
+def _cond(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+    index, *operands = inputs
+    branches = eqn.params["branches"]
+    flags = _cond_flags(eqn.params, [value.moves for value in inputs])
+    sites: Seen = {}
+    if walk.record is not None:
+        for number, branch in enumerate(branches):
+            rules = rule_sites(branch, (*walk.path, number), nested=True)
+            sites |= {
+                path: (False, [_zeros(atom.aval, walk) for atom in rule.invars])
+                for path, (rule, _) in rules.items()
+            }
+
+    def branch_at(number: int) -> Callable[..., Any]:
+        inner = replace(walk, path=(*walk.path, number))
+
+        def run(operands: list[Value]) -> Any:
+            found: Seen = {}
+            out = evaluate(branches[number], operands, inner, found)
+            promoted = [promote(v, walk, m) for v, m in zip(out, flags, strict=True)]
+            if walk.record is None:
+                return promoted, {}
+            taken = {path: (jnp.array(run), x) for path, (run, x) in sites.items()}
+            return promoted, taken | found
+
+        return run
+
+    functions = [branch_at(number) for number in range(len(branches))]
+    now, found = lax.switch(index.now, functions, operands)
+    seen.update(found)
+    if not (index.moves and walk.pairs):
+        return now  # type: ignore[no-any-return]
+    held, _ = lax.switch(index.held, functions, operands)
+    return [replace(n, held=h.held) for n, h in zip(now, held, strict=True)]
+
+
+def _zeros(aval: Any, walk: Walk) -> Any:
+    dtype = _wide_dtype(aval.dtype) if walk.wide else aval.dtype
+    return jnp.zeros(aval.shape, dtype)
+
+
+# How often a solve is refined: its system is that of the point, a step of up to 1 %
+# away, so that the error shrinks by that much, times the condition number, each time.
+_REFINEMENTS = 8
+
+
+def _solve(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+    """Solves a linear system with the solver's own code, and refines the solution.
+
+    `jnp.linalg.solve` gives its solver the factors of a matrix behind `stop_gradient`,
+    and keeps the matrix itself for `matvec`.
+    """
+    lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
+    consts: dict[str, list[Value]] = {}
+    start = 0
+    for part in ("matvec", "vecmat", "solve", "transpose_solve"):
+        length = getattr(lengths, part)
+        consts[part] = inputs[start : start + length]
+        start += length
+    rhs = inputs[start:]
+    if walk.keep:
+        return _plain(eqn, inputs, walk, seen)
+
+    def apply(part: str, vector: list[Value]) -> list[Value]:
+        out = evaluate(
+            _closed(getattr(jaxprs, part)), [*consts[part], *vector], walk, seen
+        )
+        return [promote(value, walk) for value in out]
+
+    rhs = [promote(value, walk) for value in rhs]
+    # A second output of the solver, if any, is its report: it stays as it is.
+    solution = apply("solve", rhs)
+    count = len(rhs)
+    if not walk.wide:
+        return solution
+
+    def refine(_: Any, x: list[Value]) -> list[Value]:
+        product = apply("matvec", x)
+        residual = [
+            Value(b.now - p.now, b.held - p.held, moves=True)
+            for b, p in zip(rhs, product, strict=True)
+        ]
+        step = apply("solve", residual)[:count]
+        return [
+            Value(v.now + s.now, v.held + s.held, moves=True)
+            for v, s in zip(x, step, strict=True)
+        ]
+
+    refined = lax.fori_loop(0, _REFINEMENTS, refine, solution[:count])
+    return [*refined, *solution[count:]]
+
+
+# Which variables depend on the parameters, without computing any.
+
+
+def _moving(closed: Any, flags: Sequence[bool]) -> list[bool]:
+    environment = dict(zip(closed.jaxpr.invars, flags, strict=True))
+    for eqn in closed.jaxpr.eqns:
+        inputs = [
+            not isinstance(atom, jax.extend.core.Literal)
+            and environment.get(atom, False)
+            for atom in eqn.invars
+        ]
+        outputs = [any(inputs)] * len(eqn.outvars)
+        name = eqn.primitive.name
+        if any(inputs):
+            if name in _INLINE or name in _CUSTOM:
+                outputs = _moving(_body(eqn), inputs)
+            elif name == "scan":
+                outputs = _scan_flags(eqn.params, inputs)
+            elif name == "while":
+                outputs = _while_flags(eqn.params, inputs)
+            elif name == "cond":
+                outputs = _cond_flags(eqn.params, inputs)
+        environment.update(zip(eqn.outvars, outputs, strict=True))
+    return [
+        not isinstance(atom, jax.extend.core.Literal) and environment.get(atom, False)
+        for atom in closed.jaxpr.outvars
+    ]
+
+
+def _scan_flags(params: Mapping[str, Any], flags: Sequence[bool]) -> list[bool]:
+    consts, carry, xs = _scan_parts(params, flags)
+    while True:
+        out = _moving(params["jaxpr"], [*consts, *carry, *xs])
+        after = [a or b for a, b in zip(carry, out, strict=False)]
+        if after == carry:
+            return [*carry, *out[len(carry) :]]
+        carry = after
+
+
+def _while_flags(params: Mapping[str, Any], flags: Sequence[bool]) -> list[bool]:
+    first = params["cond_nconsts"]
+    then = first + params["body_nconsts"]
+    tests, consts, carry = flags[:first], flags[first:then], list(flags[then:])
+    while True:
+        if _moving(params["cond_jaxpr"], [*tests, *carry])[0]:
+            return [True] * len(carry)
+        out = _moving(params["body_jaxpr"], [*consts, *carry])
+        after = [a or b for a, b in zip(carry, out, strict=True)]
+        if after == carry:
+            return carry
+        carry = after
+
+
+def _cond_flags(params: Mapping[str, Any], flags: Sequence[bool]) -> list[bool]:
+    branches = [_moving(branch, flags[1:]) for branch in params["branches"]]
+    return [flags[0] or any(out) for out in zip(*branches, strict=True)]
+
+
+_CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+_INLINE = (
+    "jit",
+    "pjit",
+    "remat2",
+    "remat",
+    "checkpoint",
+    "closed_call",
+    "core_call",
+    "core_closed_call",
+    "custom_vmap_call",
+)
+_DROPPED = ("debug_callback", "debug_print")
+_OPAQUE = ("pure_callback", "io_callback", "ffi_call", "pallas_call")
+_HANDLERS: dict[str, Callable[[Any, list[Value], Walk, Seen], list[Value]]] = {
+    **dict.fromkeys(_INLINE, _inline),
+    **dict.fromkeys(_CUSTOM, _custom),
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "custom_linear_solve": _solve,
+    "stop_gradient": _stop,
+    "reduce_precision": _rounded,
+    "bitcast_convert_type": _bits,
+    "random_gamma": _drawn,
+}
+
+
+def rule_sites(
+    closed: Any,
+    path: Path = (),
+    lengths: tuple[int, ...] = (),
+    *,
+    nested: bool = False,
+) -> dict[Path, tuple[Any, tuple[int, ...]]]:
+    """The equations of custom rules, and the lengths of the scans they stand in.
+
+    Not those in a while loop, which has no reverse mode; those in another rule's forward
+    part only if `nested`.
+    """
+    sites: dict[Path, tuple[Any, tuple[int, ...]]] = {}
+    for number, eqn in enumerate(closed.jaxpr.eqns):
+        here, name = (*path, number), eqn.primitive.name
+        if name in _CUSTOM:
+            sites[here] = (eqn, lengths)
+        if name in _INLINE or (nested and name in _CUSTOM):
+            sites |= rule_sites(_body(eqn), here, lengths, nested=nested)
+        elif name == "scan":
+            inner = (*lengths, eqn.params["length"])
+            sites |= rule_sites(eqn.params["jaxpr"], here, inner, nested=nested)
+        elif name == "cond":
+            for branch, inside in enumerate(eqn.params["branches"]):
+                sites |= rule_sites(inside, (*here, branch), lengths, nested=nested)
+    return sites
+
+
+def equations(closed: Any) -> Iterator[Any]:
+    """All equations of a jaxpr, those inside others too, from the outside in."""
+    for eqn in closed.jaxpr.eqns:
+        yield eqn
+        for body in bodies(eqn):
+            yield from equations(body)
+
+
+def bodies(eqn: Any) -> list[Any]:
+    """The jaxprs that an equation holds, closed."""
+    items = [
+        item
+        for value in eqn.params.values()
+        for item in (value if isinstance(value, tuple) else (value,))
+    ]
+    kinds = jax.extend.core.Jaxpr, _ClosedJaxpr
+    return [_closed(item) for item in items if isinstance(item, kinds)]
+
+
+def taps_of(
+    closed: Any, trusted: Callable[[Place], bool]
+) -> dict[Path, tuple[list[Any], list[Any]]]:
+    """Zeros to add to the floating inputs and outputs of trusted rules."""
+
+    def zeros(atoms: Sequence[Any], lengths: tuple[int, ...]) -> list[Any]:
+        return [
+            jnp.zeros((*lengths, *atom.aval.shape), atom.aval.dtype)
+            if jnp.issubdtype(atom.aval.dtype, jnp.floating)
+            else None
+            for atom in atoms
+        ]
+
+    return {
+        path: (zeros(eqn.invars, lengths), zeros(eqn.outvars, lengths))
+        for path, (eqn, lengths) in rule_sites(closed).items()
+        if trusted(rule_place(eqn))
+    }
+
+
+def rule_place(eqn: Any) -> Place:
+    """The function, file and line of an equation's custom rule."""
+    info = _body(eqn).jaxpr.debug_info.func_src_info or "a function"
+    name, _, where = info.partition(" at ")
+    file, _, line = where.rpartition(":")
+    return Place(name, file, int(line) if line.isdigit() else 0)
+
+
+def function_place(function: Callable[..., Any]) -> Place:
+    """The place of a function, as `rule_place` would give it."""
+    inner = inspect.unwrap(getattr(function, "fun", function))
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        return Place(getattr(inner, "__name__", type(inner).__name__), "", 0)
+    return Place(inner.__name__, code.co_filename, code.co_firstlineno)
+
+
+_LIBRARIES = tuple(
+    {
+        os.path.realpath(folder) + os.sep
+        for folder in (
+            *site.getsitepackages(),
+            site.getusersitepackages(),
+            sysconfig.get_path("stdlib"),
+            os.path.dirname(__file__),
+        )
+    }
+)
+
+
+def in_library(file: str) -> bool:
+    """Whether a file is the standard library's, an installed package's, or ours."""
+    return os.path.realpath(file).startswith(_LIBRARIES)
+
+
+def source_of(eqn: Any) -> Place:
+    """The innermost line of an equation outside of libraries, or else the innermost."""
+    traceback = eqn.source_info.traceback
+    frames = traceback.frames if traceback else []
+    for frame in frames:
+        if not in_library(frame.file_name):
+            return Place(frame.function_name, frame.file_name, frame.line_num)
+    if frames:
+        frame = frames[0]
+        return Place(frame.function_name, frame.file_name, frame.line_num)
+    return Place("an equation without a source line", "", 0)
