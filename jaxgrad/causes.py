@@ -259,9 +259,9 @@ def _swapped(p: _Pair, others: Others) -> tuple[list[_Guess], list[_Guess]]:
 def _axes(p: _Pair) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Rows (of the leading axis) and columns (of the last), with the other axes."""
     axes = range(p.claimed.ndim)
-    for kind, axis in (("rows", 0), ("columns", len(axes) - 1)):
-        if 1 < p.claimed.shape[axis] < p.claimed.size:
-            yield kind, tuple(i for i in axes if i != axis)
+    if len(axes) > 1:
+        yield "rows", tuple(axes[1:])
+        yield "columns", tuple(axes[:-1])
 
 
 def _slices(p: _Pair) -> Iterator[_Guess]:
@@ -364,7 +364,7 @@ def _entries(p: _Pair) -> Iterator[_Guess]:
 
 
 def _wrong_entries(p: _Pair, wrong: npt.NDArray[np.bool_]) -> tuple[str, str]:
-    where, right = p.whole(wrong), p.whole(~wrong)
+    where, right = p.whole(wrong), p.whole(~wrong & ((p.ours != 0) | (p.right != 0)))
     for kind, others in _axes(p):
         hit = np.asarray(where.any(others))
         if not (hit & right.any(others)).any() and wrong.sum() >= 2 * hit.sum():
@@ -398,9 +398,7 @@ def _missing(p: _Pair, contributions: Parts | Callable[[], Parts]) -> Iterator[_
         counted = [f"{factor * k:.4g}" for k in np.unique(kept[kept != 0])]
         if counted != ["1"]:
             text += f", and counts the rest {_listed(counted, len(counted))} times"
-        # Where there are many subsets for few numbers, a near miss is chance.
-        loosely = weights is not None
-        yield _Guess("missing_term", text, left, p.right_norm, loosely)
+        yield _Guess("missing_term", text, left, p.right_norm)
 
 
 def _weights(p: _Pair, rows: Sequence[Array]) -> Array | None:

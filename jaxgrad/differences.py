@@ -196,7 +196,7 @@ class Slope:
     rounding: float = 0.0
 
 
-LADDER = tuple(1e-2 * 4.0**-j for j in range(10))
+LADDER = tuple(1e-2 * 4.0**-j for j in range(14))
 """Steps to try, as shares of the scale: a wide relu net needs 1e-5, a point beside the
 edge of a domain or a kink less, and a loss with noise in its digits 1e-2."""
 
@@ -206,9 +206,13 @@ _SAFETY = 3
 
 
 def slope_of(
-    steps: Sequence[float], ahead: np.ndarray, behind: np.ndarray, here: float
+    steps: Sequence[float],
+    ahead: np.ndarray,
+    behind: np.ndarray,
+    least: float,
+    quantum: float,
 ) -> Slope:
-    r"""The derivative of $f$ at 0 from $f(h)$, $f(-h)$ and $f(0)$, at steps $h$.
+    r"""The derivative of $f$ at 0 from $f(h)$ and $f(-h)$, less $f(0)$, at steps $h$.
 
     Central differences $D(h)$, and $(16 D(h/4) - D(h)) / 15$, whose error is $O(h^4)$.
     The step is the one at which three neighbours agree best, since the formula's own
@@ -217,9 +221,10 @@ def slope_of(
 
     Args:
       steps: $h$, each a quarter of the one before.
-      ahead: $f(h)$ at each.
-      behind: $f(-h)$ at each.
-      here: $f(0)$.
+      ahead: $f(h) - f(0)$ at each.
+      behind: $f(-h) - f(0)$ at each.
+      least: their rounding error, at least.
+      quantum: a change that may be lost in rounding, where none is seen at all.
 
     Source: Ridders, Accurate computation of F'(x) and F'(x)F''(x), Advances in
     Engineering Software 4 (1982), who extrapolates to the same end.
@@ -227,42 +232,49 @@ def slope_of(
     with np.errstate(all="ignore"):
         h = np.asarray(steps)
         central = (ahead - behind) / (2 * h)
-        bend = ahead + behind - 2 * here
+        bend = ahead + behind
         # Free of what is proportional to h and to h**2, so that rounding is left. The
         # root of the sum of the squared factors is 67; a bend has 6**0.5 roundings.
         noise = np.abs(bend[:-2] - 20 * bend[1:-1] + 64 * bend[2:])[-4:] / (67 * 6**0.5)
-        size = np.nanmax(np.abs([here, *ahead[-3:], *behind[-3:]]))
-        rounding = max(np.nanmedian(noise), np.finfo(np.float64).eps * size)
-        estimates = [
-            (_three(central), h[2:]),
-            (_three((16 * central[1:] - central[:-1]) / 15), h[3:]),
-        ]
-        value, error = np.nan, np.inf
-        for windows, finest in estimates:
-            spread = windows.max(1) - windows.min(1)
-            bars = _SAFETY * (spread + rounding / finest)
-            bars[~np.isfinite(bars)] = np.inf
-            best = int(np.argmin(bars)) if len(bars) else 0
-            if len(bars) and bars[best] < error:
-                value, error = float(windows[best, 1]), float(bars[best])
-        forward, backward = (ahead - here) / h, (here - behind) / h
-        kink, place = _kink(_limit(forward - backward), rounding / h[1:])
-        one_sided = _limit(forward)[place], _limit(backward)[place]
-    ahead_, behind_ = float(one_sided[0]), float(one_sided[1])
-    return Slope(value, error, ahead_, behind_, kink, float(rounding))
+        rounding = float(max(np.nanmedian(noise), least))
+        lost = rounding + np.where((ahead == 0) & (behind == 0), quantum, 0.0)
+        # The parts in h, h**2 go out of one-sided slopes, that in h**2 out of central
+        # ones. Before, there may be less error where the loss bends at every step.
+        value, error = _best([central, _without(central, 16)], h, lost)
+        sides = []
+        for slopes in (ahead / h, -behind / h):
+            once = _without(slopes, 4)
+            sides.append(_best([once, _without(once, 16)], h, lost))
+        kink = _is_kink(_without(ahead / h + behind / h, 4), lost[1:] / h[1:])
+    if kink:
+        value = (sides[0][0] + sides[1][0]) / 2
+        error = max(sides[0][1], sides[1][1])
+    return Slope(value, error, sides[0][0], sides[1][0], kink, rounding)
 
 
-def _three(row: np.ndarray) -> np.ndarray:
-    return np.lib.stride_tricks.sliding_window_view(row, 3)
+def _without(row: np.ndarray, factor: int) -> np.ndarray:
+    """Extrapolates: without the part that falls by `factor` from one step to the next."""
+    return (factor * row[1:] - row[:-1]) / (factor - 1)
 
 
-def _limit(row: np.ndarray) -> np.ndarray:
-    """Without the part that is proportional to h."""
-    return (4 * row[1:] - row[:-1]) / 3
+def _best(
+    rows: Sequence[np.ndarray], steps: np.ndarray, rounding: np.ndarray
+) -> tuple[float, float]:
+    """The middle of the three neighbours that agree best, and what it may be off by."""
+    value, error = math.nan, math.inf
+    for row in rows:
+        windows = np.lib.stride_tricks.sliding_window_view(row, 3)
+        finest = (rounding / steps)[len(steps) - len(windows) :]
+        bars = _SAFETY * (np.ptp(windows, axis=1) + finest)
+        bars[~np.isfinite(bars)] = math.inf
+        best = int(np.argmin(bars))
+        if bars[best] < error:
+            value, error = float(windows[best, 1]), float(bars[best])
+    return value, error
 
 
-def _kink(gaps: np.ndarray, noise: np.ndarray) -> tuple[bool, int]:
-    """Whether the gap between one-sided slopes stays, and the step that shows it.
+def _is_kink(gaps: np.ndarray, noise: np.ndarray) -> bool:
+    """Whether the gap between one-sided slopes stays as the step shrinks.
 
     It is read at the three smallest steps whose noise is below 1 % of it; there it must
     be the same to 3 %. A kink beside the point has a gap that grows with the step, and
@@ -272,8 +284,8 @@ def _kink(gaps: np.ndarray, noise: np.ndarray) -> tuple[bool, int]:
         window = gaps[place - 1 : place + 2]
         size = np.abs(window).min()
         if np.isfinite(window).all() and 4 * noise[place + 1] < 0.01 * size:
-            return bool(np.ptp(window) < 0.03 * size), place
-    return False, len(gaps) - 1
+            return bool(np.ptp(window) < 0.03 * size)
+    return False
 
 
 @dataclass(frozen=True)

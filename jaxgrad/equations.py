@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import site
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+_EPS = float(np.finfo(np.float64).eps)
 _ClosedJaxpr = jax.extend.core.ClosedJaxpr
 
 Path = tuple[int, ...]
@@ -35,7 +37,6 @@ class Place(NamedTuple):
         return f"`{self.function}` ({os.path.basename(self.file)}, line {self.line})"
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Value:
     """What a variable of the jaxpr holds.
@@ -44,11 +45,29 @@ class Value:
       now: its value at the displaced point.
       held: its value at the point itself, if both are kept; else `now`.
       moves: whether it depends on the parameters.
+      terms: makes `now - held`, and the size of what was subtracted, from those of what
+        it's a sum of, if it is one.
     """
 
     now: Any
     held: Any
-    moves: bool = field(metadata={"static": True})
+    moves: bool
+    terms: Callable[[], tuple[Any, Any]] | None = None
+
+    def change(self) -> tuple[Any, Any]:
+        """`now - held`, and the size of the numbers whose rounding is in it.
+
+        The difference is taken before the last sums: their other terms don't take its
+        digits away.
+        """
+        if self.terms:
+            return self.terms()
+        change, size = self.now - self.held, jnp.abs(self.held)
+        # Two compiled copies of an unmoved number may differ in their last bits.
+        return change, jnp.where(jnp.abs(change) > 4 * _EPS * size, size, 0)
+
+
+jax.tree_util.register_dataclass(Value, ["now", "held"], ["moves"], ["terms"])
 
 
 @dataclass(frozen=True)
@@ -169,7 +188,7 @@ def promote(value: Value, walk: Walk, moves: bool = True) -> Value:
         return replace(value, moves=moves)
     if not walk.wide:
         return replace(value, moves=True)
-    return Value(wider(value.now), wider(value.held), moves=True)
+    return replace(value, now=wider(value.now), held=wider(value.held), moves=True)
 
 
 def _both(function: Callable[..., Any], inputs: Sequence[Value], walk: Walk) -> Any:
@@ -193,9 +212,38 @@ def _plain(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
     ):
         changed["precision"] = None
     try:
-        return _both(lambda operands: bind(eqn, operands, **changed), inputs, walk)
+        out = _both(lambda operands: bind(eqn, operands, **changed), inputs, walk)
+        if walk.pairs and _adds_up(eqn, inputs):
+            return [replace(out[0], terms=_terms(eqn, inputs, changed))]
+        return out
     except (TypeError, ValueError, NotImplementedError):
         return _natively(eqn, inputs, walk, seen)
+
+
+def _adds_up(eqn: Any, inputs: list[Value]) -> bool:
+    """Whether an equation's output is linear in the inputs that move."""
+    name, moves = eqn.primitive.name, [value.moves for value in inputs]
+    if any(v.moves and not jnp.issubdtype(v.now.dtype, jnp.inexact) for v in inputs):
+        return False
+    if name in ("mul", "dot_general"):
+        return sum(moves) == 1
+    return name in _SUMS or moves == {"div": [True, False]}.get(name)
+
+
+def _terms(
+    eqn: Any, inputs: list[Value], changed: Mapping[str, Any]
+) -> Callable[[], tuple[Any, Any]]:
+    @functools.cache
+    def terms() -> tuple[Any, Any]:
+        at_rest = jnp.zeros_like if eqn.primitive.name in _SUMS else jnp.asarray
+        parts = [v.change() if v.moves else (at_rest(v.now),) * 2 for v in inputs]
+        change = bind(eqn, [part for part, _ in parts], **changed)[0]
+        sizes = [jnp.abs(size) for _, size in parts]
+        if eqn.primitive.name == "sub":
+            return change, sizes[0] + sizes[1]
+        return change, jnp.abs(bind(eqn, sizes, **changed)[0])
+
+    return terms
 
 
 def _wide_param(value: Any) -> Any:
@@ -275,7 +323,8 @@ def _stop(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
         return [Value(*2 * (lax.stop_gradient(value.now),), moves=True)]
     if not jnp.issubdtype(value.now.dtype, jnp.inexact):
         return [value]
-    return [replace(value, now=jnp.where(walk.hold, value.held, value.now))]
+    now = jnp.where(walk.hold, value.held, value.now)
+    return [Value(now, value.held, moves=True)]
 
 
 def _rounded(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
@@ -335,10 +384,12 @@ def _trusted(inputs: list[Value], outputs: list[Value], walk: Walk) -> list[Valu
         if r is not None
     )
     change = jnp.where(size > 0, change / jnp.where(size > 0, size, 1), 0)
+
+    def displaced(y: Value, c: Any) -> Any:
+        return jnp.where(walk.hold, _at(y.held, walk) + c * change, y.now)
+
     return [
-        y
-        if c is None
-        else replace(y, now=jnp.where(walk.hold, _at(y.held, walk) + c * change, y.now))
+        y if c is None else Value(displaced(y, c), y.held, moves=True)
         for y, c in zip(outputs, along, strict=True)
     ]
 
@@ -589,6 +640,21 @@ _INLINE = (
     "core_call",
     "core_closed_call",
     "custom_vmap_call",
+)
+_SUMS = (
+    "add",
+    "add_any",
+    "sub",
+    "neg",
+    "reduce_sum",
+    "reshape",
+    "squeeze",
+    "broadcast_in_dim",
+    "transpose",
+    "convert_element_type",
+    "slice",
+    "concatenate",
+    "copy",
 )
 _DROPPED = ("debug_callback", "debug_print")
 _OPAQUE = ("pure_callback", "io_callback", "ffi_call", "pallas_call")

@@ -27,6 +27,9 @@ class OutOfBudget(Exception):
     """More evaluations are needed than `max_evaluations` allows."""
 
 
+_EPS = float(np.finfo(np.float64).eps)
+# No change at all is taken to be none, to within so many roundings of the loss.
+_QUANTA = 1000
 # Values at displaced points that are computed together may take this many numbers.
 _TOGETHER = 16_000_000
 # Where an equation keeps its own dtype, its rounding asks for steps this much longer.
@@ -57,11 +60,7 @@ class Reference:
         self._budget = max_evaluations
         names = {eqn.primitive.name for eqn in equations(problem.loss)}
         self.stops = "stop_gradient" in names or bool(problem.taps)
-        walk = Walk(
-            pairs=bool(names & {"stop_gradient", "random_gamma"}) or bool(problem.taps),
-            trusted=problem.trusted,
-            notes=self.notes,
-        )
+        walk = Walk(pairs=True, trusted=problem.trusted, notes=self.notes)
         loss = problem.loss.jaxpr
 
         def at(
@@ -79,7 +78,8 @@ class Reference:
             ]
             here = replace(walk, hold=hold, pulls=pulls)
             closed = jax.extend.core.ClosedJaxpr(loss, consts)
-            return evaluate(closed, [*moved, *map(still, fixed)], here)[0].now
+            out = evaluate(closed, [*moved, *map(still, fixed)], here)[0]
+            return *out.change(), out.held
 
         with jax.enable_x64(True):
             self._point, *self._rest = on_host(
@@ -96,17 +96,14 @@ class Reference:
         self._at_once = 2 * len(LADDER) * sizes <= _TOGETHER
         self._probes = min(_TOGETHER // (2 * len(LADDER) * sizes), 8) or 1
         if self._at_once:
-            several = jax.vmap(at, (None, None, None, None, None, 0, None))
-            at = jax.vmap(several, (None, None, None, None, 0, None, 0))
+            steps = jax.vmap(at, (None, None, None, None, None, 0, None))
+            at = jax.vmap(steps, (None, None, None, None, 0, None, 0))
         self._run = compiled(at, problem.size)
         self.ladder = LADDER
-        self.here = self._here()
+        self.here = float("nan")
+        self._values([Probe(0, lambda: np.zeros(()))], [0.0], True)  # gives `here`
         if self.notes:
             self.ladder = tuple(h * _LONGER for h in LADDER)
-
-    def _here(self) -> float:
-        (values,) = self._values([Probe(0, lambda: np.zeros(()))], [0.0], True)
-        return float(values[0])
 
     def slopes(self, probes: Sequence[Probe], hold: bool = True) -> list[Slope]:
         """The derivative along each direction.
@@ -116,12 +113,20 @@ class Reference:
         """
         ladder = self.ladder
         if self._at_once:
-            values = self._values(probes, [*ladder, *(-h for h in ladder)], hold)
+            values = self._values(probes, [*ladder, *(-h for h in ladder), 0.0], hold)
             return [self._slope(ladder, row) for row in values]
         return [self._stepwise(probe, hold) for probe in probes]
 
     def _slope(self, ladder: Sequence[float], row: np.ndarray) -> Slope:
-        slope = slope_of(ladder, row[: len(ladder)], row[len(ladder) :], self.here)
+        count = len(ladder)
+        changes, sizes = row
+        if len(changes) > 2 * count:  # what two compiled copies of the point differ by
+            changes = changes - changes[-1]
+        least = _EPS * float(np.nanmax(sizes))
+        quantum = _QUANTA * _EPS * abs(self.here)
+        slope = slope_of(
+            ladder, changes[:count], changes[count : 2 * count], least, quantum
+        )
         self.rounding = max(self.rounding, slope.rounding)
         return slope
 
@@ -134,10 +139,10 @@ class Reference:
             return slope
         rest = [h for h in self.ladder if h not in first]
         (more,) = self._values([probe], [*rest, *(-h for h in rest)], hold)
-        known = dict(zip([*first, *(-h for h in first)], row, strict=True))
-        known |= dict(zip([*rest, *(-h for h in rest)], more, strict=True))
+        known = dict(zip([*first, *(-h for h in first)], row.T, strict=True))
+        known |= dict(zip([*rest, *(-h for h in rest)], more.T, strict=True))
         whole = [*self.ladder, *(-h for h in self.ladder)]
-        return self._slope(self.ladder, np.array([known[h] for h in whole]))
+        return self._slope(self.ladder, np.array([known[h] for h in whole]).T)
 
     def _values(
         self, probes: Sequence[Probe], steps: Sequence[float], hold: bool
@@ -149,7 +154,7 @@ class Reference:
         with jax.enable_x64(True):
             if not self._at_once:
                 return np.array([self._row(probe, steps, hold) for probe in probes])
-            width = 2 * len(LADDER)
+            width = 2 * len(LADDER) + 1
             padded = np.resize(np.array(steps, np.float64), width)
             rows: list[np.ndarray] = []
             for start in range(0, len(probes), self._probes):
@@ -158,20 +163,26 @@ class Reference:
                 for row, probe in enumerate(some):
                     moves[probe.leaf][row] = probe.direction()
                 holds = np.full(self._probes, hold)
-                out = np.asarray(
-                    self._run(self._point, *self._rest, moves, padded, holds)
+                *changes, here = self._run(
+                    self._point, *self._rest, moves, padded, holds
                 )
-                rows += list(out[: len(some), : len(steps)])
+                self.here = float(here[0, 0])
+                both = np.stack([np.asarray(x) for x in changes], axis=1)
+                rows += list(both[: len(some), :, : len(steps)])
             return np.array(rows)
 
-    def _row(self, probe: Probe, steps: Sequence[float], hold: bool) -> list[float]:
+    def _row(self, probe: Probe, steps: Sequence[float], hold: bool) -> np.ndarray:
         move = list(self._still)
         direction = np.broadcast_to(probe.direction(), move[probe.leaf].shape)
         move[probe.leaf] = jnp.asarray(direction)
-        return [
-            float(self._run(self._point, *self._rest, move, np.float64(h), hold))
-            for h in steps
-        ]
+        row = []
+        for h in steps:
+            *change, here = self._run(
+                self._point, *self._rest, move, np.float64(h), hold
+            )
+            row.append([float(x) for x in change])
+        self.here = float(here)
+        return np.array(row).T
 
 
 # Entries of a leaf whose sizes are further apart than this are displaced apart from each

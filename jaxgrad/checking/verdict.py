@@ -76,7 +76,7 @@ class Measured(NamedTuple):
 def within(claimed: float, slope: Slope, slack: float) -> bool:
     """Whether a number lies between the one-sided slopes, or nearly so."""
     low, high = sorted((slope.ahead, slope.behind))
-    slack += 1e-6 * (high - low) + slope.error * (not slope.kink)
+    slack += slope.error + 1e-6 * (high - low)
     return bool(low - slack <= claimed <= high + slack)
 
 
@@ -210,9 +210,7 @@ class Judge:
                 )
                 for k in mine
             ]
-            # Of two scales, the one at which the loss's values say more.
-            if (number, place) not in best or _bar(tried) < _bar(best[number, place]):
-                best[number, place] = tried
+            best[number, place] = _better(best.get((number, place)), tried)
         measured: dict[int, list[Measured]] = {number: [] for number in numbers}
         for (number, _), tried in best.items():
             measured[number] += tried
@@ -235,7 +233,7 @@ class Judge:
         for m in measured:
             # An error that the reference can't see, spread like the direction.
             unseen = m.slope.error / m.length
-            faint = m.slope.error <= 1e-9 * abs(self.reference.here)
+            faint = m.slope.error <= 1e-8 * abs(self.reference.here)
             if unseen > self.rtol * size and not (size == 0 and faint):
                 return replace(
                     row,
@@ -325,7 +323,9 @@ class Judge:
                 number, [chosen[k] for k in tiny], [typical] * len(tiny), maker
             )
             for k, slope in zip(tiny, again, strict=True):
-                if slope.error < slopes[k].error:
+                # A longer step says more, and may step over all that there is.
+                gap = abs(slope.value - slopes[k].value)
+                if gap <= slope.error + slopes[k].error < 2 * slopes[k].error:
                     slopes[k] = slope
         return slopes
 
@@ -396,7 +396,7 @@ class Judge:
             if np.linalg.norm(whole) > self.rtol * size + bar:
                 wrong = (error > bars + noise + self.rtol * np.abs(value)) & ~settled
             elif bars[~settled].max(initial=0.0) > self.rtol * size and not (
-                size == 0 and bars.max() <= 1e-9 * abs(self.reference.here)
+                size == 0 and bars.max() <= 1e-8 * abs(self.reference.here)
             ):
                 return replace(
                     row,
@@ -549,6 +549,21 @@ def compared(
         float(np.linalg.norm(np.asarray(noise * move))),
         float(np.sqrt(np.mean(move[move != 0] ** 2))),
     )
+
+
+def _better(own: list[Measured] | None, other: list[Measured]) -> list[Measured]:
+    """Of two scales the one that says more, if it doesn't contradict the other."""
+    if own is None:
+        return other
+    # The directions are the same but for their lengths, where the scale is a number.
+    agree = all(
+        abs(a.slope.value / a.length - b.slope.value / b.length)
+        <= a.slope.error / a.length + b.slope.error / b.length
+        or len(own) > 1
+        for a, b in zip(own, other, strict=True)
+    )
+    sharper = _bar(other) < _bar(own) and not all(m.agrees for m in own)
+    return other if agree and sharper else own
 
 
 def _bar(measured: list[Measured]) -> float:
