@@ -77,13 +77,14 @@ class Walk:
     Attributes:
       wide: whether what depends on the parameters is computed in float64.
       pairs: whether the point itself is evaluated beside the displaced one.
-      hold: with pairs, whether `stop_gradient` returns the value at the point.
-      keep: whether custom rules are kept; else their forward parts are walked into.
-      trusted: says of a custom rule's place whether it's meant to differ.
+      hold: with pairs, where `stop_gradient` returns the value at the point: nowhere
+        (0), outside of the forward parts of custom rules (1), everywhere (2).
+      keep: whether custom rules are kept; else, and where a trusted one is inside, their
+        forward parts are walked into.
       taps: what is added to the inputs and outputs of trusted rules.
       pulls: the cotangents of the inputs and outputs of trusted rules, by which their
         outputs are displaced.
-      inert: whether `stop_gradient` holds nothing, as in a rule's forward part.
+      inside: whether the jaxpr is a custom rule's forward part.
       record: if given, the inputs of custom rules are collected; per equation of one,
         it gets which of its inputs depend on the parameters.
       path: where the jaxpr stands.
@@ -92,12 +93,11 @@ class Walk:
 
     wide: bool = True
     pairs: bool = False
-    hold: Any = True
+    hold: Any = 1
     keep: bool = False
-    trusted: Callable[[Place], bool] = lambda place: False
     taps: Taps = field(default_factory=dict)
     pulls: Taps = field(default_factory=dict)
-    inert: bool = False
+    inside: bool = False
     record: dict[Path, list[bool]] | None = None
     path: Path = ()
     notes: list[str] = field(default_factory=list)
@@ -317,13 +317,13 @@ def _drawn(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
 
 def _stop(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
     (value,) = inputs
-    if walk.inert:
-        return [value]
+    least = 2 if walk.inside else 1
     if not walk.pairs:
-        return [Value(*2 * (lax.stop_gradient(value.now),), moves=True)]
+        held = least == 1 or walk.hold == 2
+        return [Value(*2 * (lax.stop_gradient(value.now),), True)] if held else [value]
     if not jnp.issubdtype(value.now.dtype, jnp.inexact):
         return [value]
-    now = jnp.where(walk.hold, value.held, value.now)
+    now = jnp.where(walk.hold >= least, value.held, value.now)
     return [Value(now, value.held, moves=True)]
 
 
@@ -349,18 +349,17 @@ def _closed(jaxpr: Any) -> Any:
 
 
 def _custom(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
-    place = rule_place(eqn)
-    trusted = walk.trusted(place) and not walk.inert
     if walk.record is not None:
         seen[walk.path] = (jnp.array(True), [value.now for value in inputs])
         walk.record[walk.path] = [value.moves for value in inputs]
-    if walk.keep:
+    inner = _within({**walk.taps, **walk.pulls}, walk.path)
+    if walk.keep and (walk.path in inner or not inner):
         before, after = walk.taps.get(walk.path, ((), ()))
         out = bind(eqn, _add([value.now for value in inputs], before))
         return [Value(x, x, moves=True) for x in _add(out, after)]
-    outputs = evaluate(_body(eqn), inputs, replace(walk, inert=True), seen)
+    outputs = evaluate(_body(eqn), inputs, replace(walk, inside=True), seen)
     outputs = [promote(value, walk) for value in outputs]
-    return _trusted(inputs, outputs, walk) if trusted else outputs
+    return _trusted(inputs, outputs, walk) if walk.path in walk.pulls else outputs
 
 
 def _add(arrays: list[Any], taps: Sequence[Any]) -> list[Any]:
@@ -386,7 +385,7 @@ def _trusted(inputs: list[Value], outputs: list[Value], walk: Walk) -> list[Valu
     change = jnp.where(size > 0, change / jnp.where(size > 0, size, 1), 0)
 
     def displaced(y: Value, c: Any) -> Any:
-        return jnp.where(walk.hold, _at(y.held, walk) + c * change, y.now)
+        return jnp.where(walk.hold > 0, _at(y.held, walk) + c * change, y.now)
 
     return [
         y if c is None else Value(displaced(y, c), y.held, moves=True)
@@ -732,11 +731,12 @@ def taps_of(
             for atom in atoms
         ]
 
-    return {
-        path: (zeros(eqn.invars, lengths), zeros(eqn.outvars, lengths))
-        for path, (eqn, lengths) in rule_sites(closed).items()
-        if trusted(rule_place(eqn))
-    }
+    taps: dict[Path, tuple[list[Any], list[Any]]] = {}
+    for path, (eqn, lengths) in rule_sites(closed, nested=True).items():
+        inside = any(path[: len(outer)] == outer for outer in taps)
+        if trusted(rule_place(eqn)) and not inside:
+            taps[path] = zeros(eqn.invars, lengths), zeros(eqn.outvars, lengths)
+    return taps
 
 
 def rule_place(eqn: Any) -> Place:

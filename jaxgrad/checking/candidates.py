@@ -14,14 +14,14 @@ from jaxgrad.checking.problem import Problem, as_numpy, compiled, on_host
 from jaxgrad.equations import Taps, Value, Walk, bind, evaluate, still, wider
 
 
-def without_rules(problem: Problem, pulls: Taps) -> list[np.ndarray] | None:
+def without_rules(problem: Problem, pulls: Taps, hold: int) -> list[np.ndarray] | None:
     """The gradient by differentiating the forward part of each custom rule.
 
-    `None` where JAX can't: a while loop in it has no reverse mode.
+    `hold` says, as in `Walk`, where a `stop_gradient` is one. `None` where JAX can't: a while loop in it has no reverse mode.
     """
 
     def value(values: list[Any], fixed: Any, consts: Any, pulls: Any) -> Any:
-        return _inlined(problem, values, fixed, consts, pulls)
+        return _inlined(problem, values, fixed, consts, pulls, hold)
 
     try:
         return _run(problem, jax.grad(value), pulls)
@@ -30,9 +30,9 @@ def without_rules(problem: Problem, pulls: Taps) -> list[np.ndarray] | None:
 
 
 def _inlined(
-    problem: Problem, values: list[Any], fixed: Any, consts: Any, pulls: Any
+    problem: Problem, values: Any, fixed: Any, consts: Any, pulls: Any, hold: int
 ) -> Any:
-    walk = Walk(trusted=problem.trusted, pulls=pulls)
+    walk = Walk(pulls=pulls, hold=hold)
     closed = jax.extend.core.ClosedJaxpr(problem.loss.jaxpr, consts)
     moving = [Value(x, x, moves=True) for x in values]
     return evaluate(closed, [*moving, *map(still, fixed)], walk)[0].now
@@ -57,9 +57,9 @@ def parts_of(problem: Problem, pulls: Taps) -> list[tuple[str, list[np.ndarray]]
     labels: list[str] = []
 
     def terms(values: list[Any], fixed: Any, consts: Any, pulls: Any) -> Any:
-        closed = jax.make_jaxpr(lambda v: _inlined(problem, v, fixed, consts, pulls))(
-            values
-        )
+        closed = jax.make_jaxpr(
+            lambda v: _inlined(problem, v, fixed, consts, pulls, 1)
+        )(values)
         labels[:], parts = _terms(closed, values)
         return jnp.stack(parts)
 

@@ -272,9 +272,10 @@ def judge(
         if not found:
             if wide is not None and (given is not None or plain is not problem):
                 found.append(wide.leaves)
-            array = without_rules(plain, pulls)
-            if array is not None:
-                found.append(array)
+            for hold in (1, 2) if reference.inner_stops else (1,):
+                array = without_rules(plain, pulls, hold)
+                if array is not None:
+                    found.append(array)
         return found
 
     found: list[list[np.ndarray]] = []

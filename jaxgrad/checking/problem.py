@@ -55,10 +55,12 @@ class Problem:
       values: the leaves, which are differentiated.
       fixed: the other arrays that the function takes.
       loss: its equations, from `[*values, *fixed]` to a scalar.
-      gradient: those of its reverse mode, from `[*values, *fixed, cotangent, *taps]` to
-        the value and the gradients; `None` where it has none.
+      gradient: those of its reverse mode, from `[*values, *fixed, cotangent]` to the
+        value and the gradients; `None` where it has none.
       forward: those of its forward mode, from `[*values, *fixed, *tangents]`.
-      taps: the zeros that are added to the inputs and outputs of trusted rules.
+      taps: zeros for the inputs and outputs of trusted rules.
+      pulls: the equations of the cotangents of those, from `[*values, *fixed, *taps]`;
+        `None` where no rule is trusted.
       trusted: says of a custom rule's place whether it's meant to differ.
     """
 
@@ -69,6 +71,7 @@ class Problem:
     gradient: Any
     forward: Any
     taps: Taps
+    pulls: Any
     trusted: Callable[[Place], bool]
 
     @cached_property
@@ -225,7 +228,7 @@ def trust_of(trust: Sequence[Callable[..., Any]], loss: Any) -> Callable[[Place]
       ValueError: the loss has no custom rule of a trusted function.
     """
     places = {function_place(function) for function in trust}
-    found = {rule_place(eqn) for eqn, _ in rule_sites(loss).values()}
+    found = {rule_place(eqn) for eqn, _ in rule_sites(loss, nested=True).values()}
     for place in places - found:
         others = ", ".join(sorted(str(p) for p in found if p.line)[:4]) or "none"
         raise ValueError(
@@ -250,26 +253,24 @@ def equations_of(
     trusted = trust_of(trust, loss)
     taps = taps_of(loss, trusted) if trust else {}
 
-    def tapped(values: Sequence[Any], taps: Any, fixed: Sequence[Any]) -> Any:
-        if not taps:
-            return function(values, fixed)  # traced anew, to see if it's deterministic
+    def tapped(values: Sequence[Any], fixed: Sequence[Any], taps: Any) -> Any:
         moving = [Value(x, x, moves=True) for x in values]
-        walk = Walk(wide=False, keep=True, trusted=trusted, taps=taps)
+        walk = Walk(wide=False, keep=True, taps=taps)
         return evaluate(loss, [*moving, *map(still, fixed)], walk)[0].now
 
-    def backward(
-        values: Sequence[Any], fixed: Sequence[Any], cotangent: Any, taps: Any
-    ) -> Any:
-        value, pull = jax.vjp(lambda v, t: tapped(v, t, fixed), values, taps)
+    def backward(values: Sequence[Any], fixed: Sequence[Any], cotangent: Any) -> Any:
+        # Traced anew, to see if the function is deterministic.
+        value, pull = jax.vjp(lambda v: function(v, fixed), values)
         return value, pull(cotangent)
 
-    gradient = None
+    gradient = pulls = None
     if reverse:
-        out = loss.out_avals[0]
-        one = jax.ShapeDtypeStruct((), out.dtype)
-        gradient = jax.make_jaxpr(backward)(values, fixed, one, taps)
+        one = jax.ShapeDtypeStruct((), loss.out_avals[0].dtype)
+        gradient = jax.make_jaxpr(backward)(values, fixed, one)
+    if taps:
+        pulls = jax.make_jaxpr(jax.grad(tapped, argnums=2))(values, fixed, taps)
     forward = None if trust else _forward_equations(function, loss, values, fixed)
-    return Problem(names, values, fixed, loss, gradient, forward, taps, trusted)
+    return Problem(names, values, fixed, loss, gradient, forward, taps, pulls, trusted)
 
 
 def _forward_equations(
@@ -307,14 +308,11 @@ def native_gradient(problem: Problem) -> Gradients:
     """What `jax.grad` gives, in the function's own dtypes, on its own device."""
     jaxpr, consts = problem.gradient.jaxpr, problem.gradient.consts
     one = np.ones((), problem.loss.out_avals[0].dtype)
-    taps = jax.tree.leaves(problem.taps)
 
     def run(consts: Any, operands: list[Any]) -> list[Any]:
         return jax.core.eval_jaxpr(jaxpr, consts, *operands)
 
-    out = compiled(run, problem.size)(
-        consts, [*problem.values, *problem.fixed, one, *taps]
-    )
+    out = compiled(run, problem.size)(consts, [*problem.values, *problem.fixed, one])
     value, *leaves = out[: 1 + len(problem.values)]
     return Gradients(float(value), [as_numpy(x) for x in leaves], None, {})
 
@@ -337,33 +335,40 @@ def wide_gradient(
     walk = Walk(notes=notes)
 
     def run(values: Any, fixed: Any, consts: Any, tangents: Any) -> Any:
-        moving = [Value(x, x, moves=True) for x in values]
         held = [still(x) for x in fixed]
-        one = jnp.ones((), jnp.float64)
-        rest = [Value(x, x, moves=True) for x in [one, *jax.tree.leaves(problem.taps)]]
-        closed = jax.extend.core.ClosedJaxpr(problem.gradient.jaxpr, consts[0])
-        out = [v.now for v in evaluate(closed, [*moving, *held, *rest], walk)]
+
+        def wide(equations: Any, consts: Any, rest: Sequence[Any]) -> list[Any]:
+            closed = jax.extend.core.ClosedJaxpr(equations.jaxpr, consts)
+            before, after = (
+                [Value(x, x, moves=True) for x in v] for v in (values, rest)
+            )
+            return [v.now for v in evaluate(closed, [*before, *held, *after], walk)]
+
+        out = wide(problem.gradient, consts[0], [jnp.ones((), jnp.float64)])
+        pulls = []
+        if problem.pulls is not None:
+            taps = [wider(x) for x in jax.tree.leaves(problem.taps)]
+            pulls = wide(problem.pulls, consts[2], taps)
         if problem.forward is None:
-            return out, None
+            return out, pulls, None
         # Each leaf's part is made as large as any other's, so that none hides.
         parts = [g * t for g, t in zip(out[1 : 1 + count], tangents, strict=True)]
         sizes = [jnp.sqrt(jnp.sum(part**2)) for part in parts]
         sizes = [jnp.where(size > 0, size, 1) for size in sizes]
         reverse = sum(jnp.sum(p) / s for p, s in zip(parts, sizes, strict=True))
-        closed = jax.extend.core.ClosedJaxpr(problem.forward.jaxpr, consts[1])
         scaled = [t / s for t, s in zip(tangents, sizes, strict=True)]
-        steps = [Value(x, x, moves=True) for x in scaled]
-        return out, (evaluate(closed, [*moving, *held, *steps], walk)[0].now, reverse)
+        return out, pulls, (wide(problem.forward, consts[1], scaled)[0], reverse)
 
-    forward = problem.forward
-    consts = (problem.gradient.consts, forward.consts if forward else ())
+    consts = [
+        equations.consts if equations is not None else ()
+        for equations in (problem.gradient, problem.forward, problem.pulls)
+    ]
     with jax.enable_x64(True):
         operands = on_host(
             ([wider(x) for x in problem.values], problem.fixed, consts, list(tangents))
         )
-        out, slopes = compiled(run, problem.size)(*operands)
-        value, leaves, taps = out[0], out[1 : 1 + count], out[1 + count :]
-        pulls = jax.tree.unflatten(jax.tree.structure(problem.taps), taps)
+        (value, *leaves), pulls, slopes = compiled(run, problem.size)(*operands)
+        pulls = jax.tree.unflatten(jax.tree.structure(problem.taps), pulls)
     return Gradients(
         float(value),
         [as_numpy(x) for x in leaves],

@@ -13,7 +13,17 @@ import numpy as np
 
 from jaxgrad.checking.problem import Problem, compiled, on_host, spread
 from jaxgrad.differences import LADDER, Slope, slope_of
-from jaxgrad.equations import Taps, Value, Walk, equations, evaluate, still, wider
+from jaxgrad.equations import (
+    Taps,
+    Value,
+    Walk,
+    bodies,
+    equations,
+    evaluate,
+    rule_sites,
+    still,
+    wider,
+)
 
 
 class Probe(NamedTuple):
@@ -47,7 +57,8 @@ class Reference:
       notes: the equations that could not be computed wider.
       evaluations: how often the loss has been evaluated.
       rounding: the largest rounding error of its values that was seen.
-      stops: whether the loss holds a `stop_gradient` or a trusted rule.
+      stops: whether the loss has a `stop_gradient` or a trusted rule.
+      inner_stops: whether a custom rule's forward part has a `stop_gradient`.
     """
 
     def __init__(
@@ -60,7 +71,14 @@ class Reference:
         self._budget = max_evaluations
         names = {eqn.primitive.name for eqn in equations(problem.loss)}
         self.stops = "stop_gradient" in names or bool(problem.taps)
-        walk = Walk(pairs=True, trusted=problem.trusted, notes=self.notes)
+        rules = [eqn for eqn, _ in rule_sites(problem.loss).values()]
+        self.inner_stops = any(
+            eqn.primitive.name == "stop_gradient"
+            for rule in rules
+            for body in bodies(rule)
+            for eqn in equations(body)
+        )
+        walk = Walk(pairs=True, notes=self.notes)
         loss = problem.loss.jaxpr
 
         def at(
@@ -101,12 +119,12 @@ class Reference:
         self._run = compiled(at, problem.size)
         self.ladder = LADDER
         self.here = float("nan")
-        self._values([Probe(0, lambda: np.zeros(()))], [0.0], True)  # gives `here`
+        self._values([Probe(0, lambda: np.zeros(()))], [0.0], 1)  # gives `here`
         if self.notes:
             self.ladder = tuple(h * _LONGER for h in LADDER)
 
-    def slopes(self, probes: Sequence[Probe], hold: bool = True) -> list[Slope]:
-        """The derivative along each direction.
+    def slopes(self, probes: Sequence[Probe], hold: int = 1) -> list[Slope]:
+        """The derivative along each direction; `hold` as in `Walk`.
 
         Raises:
           OutOfBudget: it would take more evaluations than are allowed.
@@ -130,7 +148,7 @@ class Reference:
         self.rounding = max(self.rounding, slope.rounding)
         return slope
 
-    def _stepwise(self, probe: Probe, hold: bool) -> Slope:
+    def _stepwise(self, probe: Probe, hold: int) -> Slope:
         """The middle of the ladder first, and the rest if that doesn't agree."""
         first = self.ladder[_FIRST]
         (row,) = self._values([probe], [*first, *(-h for h in first)], hold)
@@ -145,7 +163,7 @@ class Reference:
         return self._slope(self.ladder, np.array([known[h] for h in whole]).T)
 
     def _values(
-        self, probes: Sequence[Probe], steps: Sequence[float], hold: bool
+        self, probes: Sequence[Probe], steps: Sequence[float], hold: int
     ) -> np.ndarray:
         count = len(probes) * len(steps)
         if self._budget is not None and self.evaluations + count > self._budget:
@@ -171,7 +189,7 @@ class Reference:
                 rows += list(both[: len(some), :, : len(steps)])
             return np.array(rows)
 
-    def _row(self, probe: Probe, steps: Sequence[float], hold: bool) -> np.ndarray:
+    def _row(self, probe: Probe, steps: Sequence[float], hold: int) -> np.ndarray:
         move = list(self._still)
         direction = np.broadcast_to(probe.direction(), move[probe.leaf].shape)
         move[probe.leaf] = jnp.asarray(direction)

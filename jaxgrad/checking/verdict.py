@@ -29,7 +29,7 @@ from jaxgrad.differences import Slope
 _ROUNDING = 1e-10
 # Up to here each entry of a leaf is measured, in a few batches.
 _SMALL_LEAF = 64
-_SHOWN = 8
+_SHOWN = 16
 
 
 class Claim(NamedTuple):
@@ -93,6 +93,8 @@ class Judge:
         believed only if the loss's values bear them out.
       counts: sizes that a factor may come from, by name.
       parts: makes the parts of a leaf's gradient, one per term of the loss.
+      seed: chooses the random directions.
+      hold: where a `stop_gradient` is one, as in `Walk`.
     """
 
     problem: Problem
@@ -103,6 +105,7 @@ class Judge:
     counts: dict[str, int]
     parts: Callable[[int], Sequence[tuple[str, np.ndarray]]]
     seed: int = 0
+    hold: int = 1
     _known: dict[int, list[Measured]] = field(default_factory=dict)
 
     def leaves(self) -> list[LeafCheck]:
@@ -176,8 +179,32 @@ class Judge:
         if all(m.agrees for m in measured) and not kinks:
             row = self._agreeing(row, claimed, measured)
         else:
-            row = self._doubtful(row, number, claimed, measured)
+            row = self._either(row, number, claimed, measured)
         return self._digits(row, number, native, claimed)
+
+    def _either(
+        self, row: LeafCheck, number: int, claimed: np.ndarray, measured: list[Measured]
+    ) -> LeafCheck:
+        """Whether a `stop_gradient` in a rule's forward part holds or not is open.
+
+        By the rule it needn't; without the rule it would. Either gradient is right, and
+        a wrong one is told by the one that's nearer.
+        """
+        if not self.reference.inner_stops:
+            return self._doubtful(row, number, claimed, measured)
+        probes = [Probe(number, m.direction) for m in measured]
+        slopes = self.reference.slopes(probes, hold=2)
+        held = [
+            compared(m.direction, s, claimed, self.claim.noise[number])
+            for m, s in zip(measured, slopes, strict=True)
+        ]
+        if sum(m.gap for m in held) >= sum(m.gap for m in measured):
+            return self._doubtful(row, number, claimed, measured)
+        judge = replace(self, hold=2)
+        row = replace(row, held="stopped")
+        if all(m.agrees for m in held) and not any(m.slope.kink for m in held):
+            return judge._agreeing(row, claimed, held)
+        return judge._doubtful(row, number, claimed, held)
 
     def _measure(self, numbers: Sequence[int]) -> dict[int, list[Measured]]:
         """Leaves along random directions, entries of one size at a time."""
@@ -200,7 +227,7 @@ class Judge:
         slopes = self.reference.slopes(probes)
         free: list[Slope | None] = [None] * len(probes)
         if self.reference.stops:
-            free = list(self.reference.slopes(probes, hold=False))
+            free = list(self.reference.slopes(probes, hold=0))
         best: dict[tuple[int, int], list[Measured]] = {}
         for number, place, mine in groups:
             claimed, noise = self.claim.tested[number], self.claim.noise[number]
@@ -333,7 +360,8 @@ class Judge:
         self, number: int, places: list[int], scales: list[float], maker: Any
     ) -> list[Slope]:
         pairs = list(zip(places, scales, strict=True))
-        slopes = self.reference.slopes([Probe(number, maker(p, s)) for p, s in pairs])
+        probes = [Probe(number, maker(p, s)) for p, s in pairs]
+        slopes = self.reference.slopes(probes, self.hold)
         return [
             Slope(
                 slope.value / s,
@@ -452,7 +480,13 @@ class Judge:
         if not doubtful:
             return _on_kink(row, kinks[0].slope)
         worst = max(doubtful, key=lambda m: m.gap / (m.norm or 1))
-        found = locate(self.reference, number, claimed, worst.direction(), _ROUNDING)
+        found = locate(
+            lambda probes: self.reference.slopes(probes, self.hold),
+            number,
+            claimed,
+            worst.direction(),
+            _ROUNDING,
+        )
         relative = max(_ratio(m.gap, m.norm or abs(m.slope.value)) for m in doubtful)
         if found.spread:
             bars = [(m.slope.error + m.noise) / (m.norm or 1) for m in doubtful]
@@ -503,7 +537,10 @@ class Judge:
             )
             if k != number and tested.shape == claimed.shape
         }
-        size = np.linalg.norm(right[np.isfinite(right)])
+        known = np.isfinite(right)
+        size = np.linalg.norm(right[known])
+        gap = np.linalg.norm((claimed - right)[known])
+        noise = min(bar, gap / 10) / size if size else 0.0
         return find_cause(
             self.problem.names[number],
             claimed,
@@ -511,7 +548,7 @@ class Judge:
             counts=self.counts,
             other_claimed=others,
             contributions=lambda: self.parts(number),
-            noise=max(1e-9, float(bar / size) if size else 0.0),
+            noise=max(1e-9, float(noise)),
         )
 
     def _digits(
