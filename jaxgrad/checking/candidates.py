@@ -10,7 +10,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.checking.problem import Problem, as_numpy, compiled, on_host
+from jaxgrad.checking.problem import Problem, Program, as_numpy, on_host
 from jaxgrad.equations import Taps, Value, Walk, bind, evaluate, still, wider
 
 
@@ -42,7 +42,7 @@ def _run(problem: Problem, function: Callable[..., Any], pulls: Taps) -> Any:
     with jax.enable_x64(True):
         values = [wider(x) for x in problem.values]
         operands = on_host((values, problem.fixed, problem.loss.consts, pulls))
-        out = compiled(function, problem.size)(*operands)
+        out = Program(function, problem.size, *operands)(*operands)
         return [as_numpy(x) for x in out]
 
 

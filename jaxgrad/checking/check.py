@@ -15,15 +15,17 @@ from jaxgrad.causes import Cause
 from jaxgrad.checking.candidates import parts_of, without_rules
 from jaxgrad.checking.problem import (
     Gradients,
+    NativeGradient,
     Operands,
     Problem,
+    WideGradient,
     as_numpy,
+    compile_all,
     equations_of,
-    native_gradient,
+    on_host,
     operands_of,
     scalar_function,
     spread,
-    wide_gradient,
 )
 from jaxgrad.checking.reference import Reference
 from jaxgrad.checking.report import (
@@ -253,18 +255,27 @@ def judge(
         tested = given.problem(problem)
     notes: list[str] = []
     findings: list[Finding] = []
-    native = native_gradient(tested) if tested.gradient is not None else None
-    wide = None
+    reference = Reference(plain, options.max_evaluations)
+    programs = [reference.program]
+    native = wide = None
     if tested.gradient is not None:
+        natively = NativeGradient(tested)
+        programs.append(natively.program)
+        widely = None
         try:
-            wide = _wide(tested, options.seed, notes)
+            widely = WideGradient(tested, _tangents(tested, options.seed), notes)
+            programs.append(widely.program)
         except Opaque as error:
             if plain is problem:
                 raise
             text = f"{error}".partition(". Pass")[0]
             findings.append(Finding("native", "", f"{text}: judged as it is computed"))
+        compile_all(programs)
+        native = natively()
+        wide = widely() if widely else None
     pulls = wide.pulls if wide else {}
-    reference = Reference(plain, pulls, options.max_evaluations)
+    with jax.enable_x64(True):
+        reference.pulls = on_host(pulls)
     notes += reference.notes
     claim = _claim(tested, native, wide, given)
 
@@ -346,11 +357,10 @@ def _alone(problem: Problem, options: _Options) -> Any:
     return judged.leaves, judged.values
 
 
-def _wide(problem: Problem, seed: int, notes: list[str]) -> Gradients:
+def _tangents(problem: Problem, seed: int) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     values = [as_numpy(x) for x in problem.values]
-    tangents = [spread(rng, x.shape) * np.where(x == 0, 1.0, np.abs(x)) for x in values]
-    return wide_gradient(problem, tangents, notes)
+    return [spread(rng, x.shape) * np.where(x == 0, 1.0, np.abs(x)) for x in values]
 
 
 def _claim(

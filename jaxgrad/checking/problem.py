@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,7 +42,12 @@ from jaxgrad.pytrees import (
     split_static,
 )
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# What makes XLA compile a small program three to five times as fast.
+_QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 # Below this many numbers in all variables together, a program takes longer to optimise
 # than to run: 4,000,000 float64 operations take about a millisecond each time.
 _SMALL = 4_000_000
@@ -89,10 +96,34 @@ def count_numbers(closed: Any) -> int:
     return total
 
 
-def compiled(function: Callable[..., Any], size: int) -> Any:
-    """`jax.jit`, with little optimisation where it would take longer than it saves."""
-    options = QUICK if size < _SMALL and jax.default_backend() == "cpu" else None
-    return jax.jit(function, compiler_options=options)
+class Program:
+    """A function that is compiled for operands like those given, when it's first called.
+
+    `compile_all` compiles several at the same time.
+    """
+
+    def __init__(self, function: Callable[..., Any], size: int, *operands: Any) -> None:
+        self._lowered = jax.jit(function).lower(*operands)
+        self._small = size < _SMALL and jax.default_backend() == "cpu"
+        self._run: Any = None
+
+    def compile(self) -> None:
+        """Compiles, with little optimisation where it would take longer than it saves."""
+        if self._run is None and self._small:
+            with contextlib.suppress(Exception):  # an XLA without one of the options
+                self._run = self._lowered.compile(_QUICK)
+        if self._run is None:
+            self._run = self._lowered.compile()
+
+    def __call__(self, *operands: Any) -> Any:
+        self.compile()
+        return self._run(*operands)
+
+
+def compile_all(programs: Sequence[Program]) -> None:
+    """Compiles side by side: XLA leaves Python free while it does."""
+    with ThreadPoolExecutor(max_workers=len(programs)) as pool:
+        list(pool.map(Program.compile, programs))
 
 
 @dataclass(frozen=True)
@@ -304,17 +335,22 @@ class Gradients:
     pulls: dict[Path, Any]
 
 
-def native_gradient(problem: Problem) -> Gradients:
+class NativeGradient:
     """What `jax.grad` gives, in the function's own dtypes, on its own device."""
-    jaxpr, consts = problem.gradient.jaxpr, problem.gradient.consts
-    one = np.ones((), problem.loss.out_avals[0].dtype)
 
-    def run(consts: Any, operands: list[Any]) -> list[Any]:
-        return jax.core.eval_jaxpr(jaxpr, consts, *operands)
+    def __init__(self, problem: Problem) -> None:
+        jaxpr, consts = problem.gradient.jaxpr, problem.gradient.consts
+        one = np.ones((), problem.loss.out_avals[0].dtype)
+        self._operands = consts, [*problem.values, *problem.fixed, one]
 
-    out = compiled(run, problem.size)(consts, [*problem.values, *problem.fixed, one])
-    value, *leaves = out[: 1 + len(problem.values)]
-    return Gradients(float(value), [as_numpy(x) for x in leaves], None, {})
+        def run(consts: Any, operands: list[Any]) -> list[Any]:
+            return jax.core.eval_jaxpr(jaxpr, consts, *operands)
+
+        self.program = Program(run, problem.size, *self._operands)
+
+    def __call__(self) -> Gradients:
+        value, *leaves = self.program(*self._operands)
+        return Gradients(float(value), [as_numpy(x) for x in leaves], None, {})
 
 
 def as_numpy(array: Any) -> np.ndarray:
@@ -327,51 +363,53 @@ def on_host(arrays: Any) -> Any:
     return jax.device_put(arrays, jax.local_devices(backend="cpu")[0])
 
 
-def wide_gradient(
-    problem: Problem, tangents: Sequence[np.ndarray], notes: list[str]
-) -> Gradients:
+class WideGradient:
     """What the rules give in float64: the equations of the gradient, made wider."""
-    count = len(problem.values)
-    walk = Walk(notes=notes)
 
-    def run(values: Any, fixed: Any, consts: Any, tangents: Any) -> Any:
-        held = [still(x) for x in fixed]
+    def __init__(
+        self, problem: Problem, tangents: Sequence[np.ndarray], notes: list[str]
+    ) -> None:
+        self._problem = problem
+        count = len(problem.values)
+        walk = Walk(notes=notes)
 
-        def wide(equations: Any, consts: Any, rest: Sequence[Any]) -> list[Any]:
-            closed = jax.extend.core.ClosedJaxpr(equations.jaxpr, consts)
-            before, after = (
-                [Value(x, x, moves=True) for x in v] for v in (values, rest)
-            )
-            return [v.now for v in evaluate(closed, [*before, *held, *after], walk)]
+        def run(values: Any, fixed: Any, consts: Any, tangents: Any) -> Any:
+            held = [still(x) for x in fixed]
 
-        out = wide(problem.gradient, consts[0], [jnp.ones((), jnp.float64)])
-        pulls = []
-        if problem.pulls is not None:
-            taps = [wider(x) for x in jax.tree.leaves(problem.taps)]
-            pulls = wide(problem.pulls, consts[2], taps)
-        if problem.forward is None:
-            return out, pulls, None
-        # Each leaf's part is made as large as any other's, so that none hides.
-        parts = [g * t for g, t in zip(out[1 : 1 + count], tangents, strict=True)]
-        sizes = [jnp.sqrt(jnp.sum(part**2)) for part in parts]
-        sizes = [jnp.where(size > 0, size, 1) for size in sizes]
-        reverse = sum(jnp.sum(p) / s for p, s in zip(parts, sizes, strict=True))
-        scaled = [t / s for t, s in zip(tangents, sizes, strict=True)]
-        return out, pulls, (wide(problem.forward, consts[1], scaled)[0], reverse)
+            def wide(equations: Any, consts: Any, rest: Sequence[Any]) -> list[Any]:
+                closed = jax.extend.core.ClosedJaxpr(equations.jaxpr, consts)
+                before, after = (
+                    [Value(x, x, moves=True) for x in v] for v in (values, rest)
+                )
+                return [v.now for v in evaluate(closed, [*before, *held, *after], walk)]
 
-    consts = [
-        equations.consts if equations is not None else ()
-        for equations in (problem.gradient, problem.forward, problem.pulls)
-    ]
-    with jax.enable_x64(True):
-        operands = on_host(
-            ([wider(x) for x in problem.values], problem.fixed, consts, list(tangents))
-        )
-        (value, *leaves), pulls, slopes = compiled(run, problem.size)(*operands)
-        pulls = jax.tree.unflatten(jax.tree.structure(problem.taps), pulls)
-    return Gradients(
-        float(value),
-        [as_numpy(x) for x in leaves],
-        None if slopes is None else (float(slopes[0]), float(slopes[1])),
-        pulls,
-    )
+            out = wide(problem.gradient, consts[0], [jnp.ones((), jnp.float64)])
+            pulls = []
+            if problem.pulls is not None:
+                taps = [wider(x) for x in jax.tree.leaves(problem.taps)]
+                pulls = wide(problem.pulls, consts[2], taps)
+            if problem.forward is None:
+                return out, pulls, None
+            # Each leaf's part is made as large as any other's, so that none hides.
+            parts = [g * t for g, t in zip(out[1 : 1 + count], tangents, strict=True)]
+            sizes = [jnp.sqrt(jnp.sum(part**2)) for part in parts]
+            sizes = [jnp.where(size > 0, size, 1) for size in sizes]
+            reverse = sum(jnp.sum(p) / s for p, s in zip(parts, sizes, strict=True))
+            scaled = [t / s for t, s in zip(tangents, sizes, strict=True)]
+            return out, pulls, (wide(problem.forward, consts[1], scaled)[0], reverse)
+
+        consts = [
+            closed.consts if closed is not None else ()
+            for closed in (problem.gradient, problem.forward, problem.pulls)
+        ]
+        with jax.enable_x64(True):
+            values = [wider(x) for x in problem.values]
+            self._operands = on_host((values, problem.fixed, consts, list(tangents)))
+            self.program = Program(run, problem.size, *self._operands)
+
+    def __call__(self) -> Gradients:
+        with jax.enable_x64(True):
+            (value, *leaves), pulls, slopes = self.program(*self._operands)
+        pulls = jax.tree.unflatten(jax.tree.structure(self._problem.taps), pulls)
+        both = None if slopes is None else (float(slopes[0]), float(slopes[1]))
+        return Gradients(float(value), [as_numpy(x) for x in leaves], both, pulls)

@@ -11,10 +11,9 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.checking.problem import Problem, compiled, on_host, spread
+from jaxgrad.checking.problem import Problem, Program, on_host, spread
 from jaxgrad.differences import LADDER, Slope, slope_of
 from jaxgrad.equations import (
-    Taps,
     Value,
     Walk,
     bodies,
@@ -44,16 +43,17 @@ _QUANTA = 1000
 _TOGETHER = 16_000_000
 # Where an equation keeps its own dtype, its rounding asks for steps this much longer.
 _LONGER = 30
-# Steps of the ladder that are tried first where each evaluation takes long; they do
-# for smooth losses, and for relu nets.
-_FIRST = slice(2, 7)
+# Steps that are tried first: they do for smooth losses, and for relu nets.
+_FIRST, _REST = LADDER[1:8], (*LADDER[:1], *LADDER[8:])
+_WIDTH = 2 * len(_FIRST) + 1
 
 
 class Reference:
     """Evaluates a loss at displaced points, and takes slopes of what it gives.
 
     Attributes:
-      here: the loss at the point, in float64.
+      program: what evaluates it.
+      pulls: the cotangents of the inputs and outputs of trusted rules, to be set.
       notes: the equations that could not be computed wider.
       evaluations: how often the loss has been evaluated.
       rounding: the largest rounding error of its values that was seen.
@@ -61,9 +61,7 @@ class Reference:
       inner_stops: whether a custom rule's forward part has a `stop_gradient`.
     """
 
-    def __init__(
-        self, problem: Problem, pulls: Taps, max_evaluations: int | None
-    ) -> None:
+    def __init__(self, problem: Problem, max_evaluations: int | None) -> None:
         self.problem = problem
         self.notes: list[str] = []
         self.evaluations = 0
@@ -100,7 +98,8 @@ class Reference:
             return *out.change(), out.held
 
         with jax.enable_x64(True):
-            self._point, *self._rest = on_host(
+            pulls = jax.tree.map(wider, problem.taps)
+            self._point, self._fixed, self._consts, self.pulls = on_host(
                 (
                     [wider(x) for x in problem.values],
                     problem.fixed,
@@ -111,96 +110,116 @@ class Reference:
             # A direction that moves nothing in a leaf, made once.
             self._still = [jnp.zeros(x.shape, jnp.float64) for x in self._point]
         sizes = sum(int(np.prod(x.shape)) for x in problem.values) + problem.size
-        self._at_once = 2 * len(LADDER) * sizes <= _TOGETHER
-        self._probes = min(_TOGETHER // (2 * len(LADDER) * sizes), 8) or 1
+        self._at_once = _WIDTH * sizes <= _TOGETHER
+        self._probes = min(_TOGETHER // (_WIDTH * sizes), 8) or 1
         if self._at_once:
             steps = jax.vmap(at, (None, None, None, None, None, 0, None))
             at = jax.vmap(steps, (None, None, None, None, 0, None, 0))
-        self._run = compiled(at, problem.size)
-        self.ladder = LADDER
-        self.here = float("nan")
-        self._values([Probe(0, lambda: np.zeros(()))], [0.0], 1)  # gives `here`
-        if self.notes:
-            self.ladder = tuple(h * _LONGER for h in LADDER)
+        self._here: float | None = None
+        with jax.enable_x64(True):
+            self.program = Program(at, problem.size, *self._operands([], [0.0], 1))
+        longer = _LONGER if self.notes else 1
+        self._ladders = [[h * longer for h in part] for part in (_FIRST, _REST)]
 
-    def slopes(self, probes: Sequence[Probe], hold: int = 1) -> list[Slope]:
-        """The derivative along each direction; `hold` as in `Walk`.
+    @property
+    def here(self) -> float:
+        """The loss at the point, in float64."""
+        if self._here is None:
+            self._values([Probe(0, lambda: np.zeros(()))], [0.0], 1)
+        assert self._here is not None
+        return self._here
+
+    def slopes(
+        self, probes: Sequence[Probe], wanted: Sequence[float] = (), hold: int = 1
+    ) -> list[Slope]:
+        """The derivative along each direction.
+
+        Args:
+          probes: the directions.
+          wanted: the error below which each derivative need not be any better; by
+            default a millionth of it.
+          hold: as in `Walk`.
 
         Raises:
           OutOfBudget: it would take more evaluations than are allowed.
         """
-        ladder = self.ladder
-        if self._at_once:
-            values = self._values(probes, [*ladder, *(-h for h in ladder), 0.0], hold)
-            return [self._slope(ladder, row) for row in values]
-        return [self._stepwise(probe, hold) for probe in probes]
+        first, rest = self._ladders
+        rows = self._values(probes, first, hold)
+        slopes = [self._slope(first, row) for row in rows]
+        goals = list(wanted) or [1e-6 * abs(slope.value) for slope in slopes]
+        again = [
+            k
+            for k, (slope, goal) in enumerate(zip(slopes, goals, strict=True))
+            if slope.kink or not slope.error <= goal
+        ]
+        more = self._values([probes[k] for k in again], rest, hold)
+        ladder = [*first, *rest]
+        order = np.argsort(ladder)[::-1]
+        for k, row in zip(again, more, strict=True):
+            both = np.concatenate([rows[k], row], axis=2)[:, :, order]
+            slopes[k] = self._slope([ladder[j] for j in order], both)
+        return slopes
 
     def _slope(self, ladder: Sequence[float], row: np.ndarray) -> Slope:
-        count = len(ladder)
-        changes, sizes = row
-        if len(changes) > 2 * count:  # what two compiled copies of the point differ by
-            changes = changes - changes[-1]
+        (ahead, sizes), (behind, _) = row
         least = _EPS * float(np.nanmax(sizes))
         quantum = _QUANTA * _EPS * abs(self.here)
-        slope = slope_of(
-            ladder, changes[:count], changes[count : 2 * count], least, quantum
-        )
+        slope = slope_of(ladder, ahead, behind, least, quantum)
         self.rounding = max(self.rounding, slope.rounding)
         return slope
 
-    def _stepwise(self, probe: Probe, hold: int) -> Slope:
-        """The middle of the ladder first, and the rest if that doesn't agree."""
-        first = self.ladder[_FIRST]
-        (row,) = self._values([probe], [*first, *(-h for h in first)], hold)
-        slope = self._slope(first, row)
-        if slope.error <= 1e-6 * abs(slope.value) and not slope.kink:
-            return slope
-        rest = [h for h in self.ladder if h not in first]
-        (more,) = self._values([probe], [*rest, *(-h for h in rest)], hold)
-        known = dict(zip([*first, *(-h for h in first)], row.T, strict=True))
-        known |= dict(zip([*rest, *(-h for h in rest)], more.T, strict=True))
-        whole = [*self.ladder, *(-h for h in self.ladder)]
-        return self._slope(self.ladder, np.array([known[h] for h in whole]).T)
-
     def _values(
         self, probes: Sequence[Probe], steps: Sequence[float], hold: int
-    ) -> np.ndarray:
-        count = len(probes) * len(steps)
+    ) -> list[np.ndarray]:
+        """Per probe, ahead and behind: the changes at each step, and their sizes."""
+        count = 2 * len(probes) * len(steps)
         if self._budget is not None and self.evaluations + count > self._budget:
             raise OutOfBudget
         self.evaluations += count
+        both = [*steps, *(-h for h in steps)]
+        rows = []
         with jax.enable_x64(True):
-            if not self._at_once:
-                return np.array([self._row(probe, steps, hold) for probe in probes])
-            width = 2 * len(LADDER) + 1
-            padded = np.resize(np.array(steps, np.float64), width)
-            rows: list[np.ndarray] = []
             for start in range(0, len(probes), self._probes):
                 some = probes[start : start + self._probes]
-                moves = [np.zeros((self._probes, *x.shape)) for x in self._still]
-                for row, probe in enumerate(some):
-                    moves[probe.leaf][row] = probe.direction()
-                holds = np.full(self._probes, hold)
-                *changes, here = self._run(
-                    self._point, *self._rest, moves, padded, holds
-                )
-                self.here = float(here[0, 0])
-                both = np.stack([np.asarray(x) for x in changes], axis=1)
-                rows += list(both[: len(some), :, : len(steps)])
-            return np.array(rows)
+                if self._at_once:
+                    got = self.program(*self._operands(some, both, hold))
+                    change, size, here = (np.asarray(x) for x in got)
+                    # What two compiled copies of the point differ by.
+                    change = change - change[:, -1:]
+                    self._here = float(here[0, 0])
+                    found = np.stack([change, size], axis=1)[: len(some)]
+                else:
+                    single = [
+                        self.program(*self._operands(some, [h], hold)) for h in both
+                    ]
+                    self._here = float(single[0][2])
+                    found = np.array([[float(x) for x in got[:2]] for got in single]).T
+                    found = found[None]
+                for row in found:
+                    parts = row[:, : len(steps)], row[:, len(steps) : len(both)]
+                    rows.append(np.stack(parts))
+        return rows
 
-    def _row(self, probe: Probe, steps: Sequence[float], hold: int) -> np.ndarray:
-        move = list(self._still)
-        direction = np.broadcast_to(probe.direction(), move[probe.leaf].shape)
-        move[probe.leaf] = jnp.asarray(direction)
-        row = []
-        for h in steps:
-            *change, here = self._run(
-                self._point, *self._rest, move, np.float64(h), hold
-            )
-            row.append([float(x) for x in change])
-        self.here = float(here)
-        return np.array(row).T
+    def _operands(
+        self, probes: Sequence[Probe], steps: Sequence[float], hold: int
+    ) -> list[Any]:
+        point = self._point, self._fixed, self._consts, self.pulls
+        moves: list[Any]
+        if not self._at_once:
+            moves = list(self._still)
+            for probe in probes:
+                shape = moves[probe.leaf].shape
+                moves[probe.leaf] = jnp.asarray(
+                    np.broadcast_to(probe.direction(), shape)
+                )
+            return [*point, moves, np.float64(steps[0]), np.int32(hold)]
+        padded = np.zeros(_WIDTH)
+        padded[: len(steps)] = steps
+        moves = [np.zeros((self._probes, *x.shape)) for x in self._still]
+        for row, probe in enumerate(probes):
+            moves[probe.leaf][row] = probe.direction()
+        holds = np.full(self._probes, hold, np.int32)
+        return [*point, moves, padded, holds]
 
 
 # Entries of a leaf whose sizes are further apart than this are displaced apart from each

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgrad.checking.problem import Problem, compiled, equations_of, project
+from jaxgrad.checking.problem import Problem, Program, equations_of, project
 from jaxgrad.checking.report import LeafCheck, RuleCheck, Verdict
 from jaxgrad.equations import (
     Path,
@@ -78,10 +78,8 @@ def _seen(problem: Problem) -> tuple[dict[Path, Any], dict[Path, list[bool]]]:
         evaluate(closed, [*moving, *map(still, fixed)], walk, found)
         return found
 
-    found = compiled(run, problem.size)(
-        problem.values, problem.fixed, problem.loss.consts
-    )
-    return found, record
+    operands = problem.values, problem.fixed, problem.loss.consts
+    return Program(run, problem.size, *operands)(*operands), record
 
 
 class _Call:

@@ -27,6 +27,9 @@ from jaxgrad.differences import Slope
 # In float64 a rule's own rounding is far below this share of its size, and so it is
 # worth a closer look only beyond.
 _ROUNDING = 1e-10
+# The slopes' errors are brought below this share, if they can: one wrong entry of its
+# own size among ten million is 3e-4 of a leaf's gradient.
+_FINE = 1e-6
 # Up to here each entry of a leaf is measured, in a few batches.
 _SMALL_LEAF = 64
 _SHOWN = 16
@@ -66,6 +69,16 @@ class Measured(NamedTuple):
     def agrees(self) -> bool:
         """Whether they do, to what the reference and rounding leave open."""
         return self.gap <= self.slope.error + self.noise + _ROUNDING * self.norm
+
+    @property
+    def goal(self) -> float:
+        """The error below which the slope need not be any better."""
+        return _FINE * self.norm
+
+    @property
+    def settled(self) -> bool:
+        """Whether the two agree, and the slope says all that is asked of it."""
+        return self.agrees and not self.slope.kink and self.slope.error <= self.goal
 
     @property
     def between(self) -> bool:
@@ -111,9 +124,8 @@ class Judge:
     def leaves(self) -> list[LeafCheck]:
         """The verdict on each leaf."""
         numbers = range(len(self.problem.names))
-        if np.isfinite(self.reference.here):
-            with contextlib.suppress(OutOfBudget):  # then leaf by leaf, while it lasts
-                self._known.update(self._measure(list(numbers)))
+        with contextlib.suppress(OutOfBudget):  # then leaf by leaf, while it lasts
+            self._known.update(self._measure(list(numbers)))
         return [self.leaf(number) for number in numbers]
 
     def leaf(self, number: int) -> LeafCheck:
@@ -208,39 +220,48 @@ class Judge:
 
     def _measure(self, numbers: Sequence[int]) -> dict[int, list[Measured]]:
         """Leaves along random directions, entries of one size at a time."""
-        probes: list[Probe] = []
-        groups: list[tuple[int, int, list[int]]] = []
+        groups: dict[tuple[int, int], list[np.ndarray]] = {}
         for number in numbers:
             value = np.asarray(self.problem.values[number]).astype(np.float64)
             for place, options in enumerate(scales_of(value) if value.size else []):
-                for scale in options:
-                    count = 1 if np.count_nonzero(scale) == 1 else DIRECTIONS
-                    mine = range(len(probes), len(probes) + count)
-                    groups.append((number, place, list(mine)))
-                    probes += [
-                        Probe(
-                            number,
-                            random_direction(scale, (self.seed, number, place, k)),
-                        )
-                        for k in range(count)
-                    ]
-        slopes = self.reference.slopes(probes)
-        free: list[Slope | None] = [None] * len(probes)
+                groups[number, place] = options
+        best = self._along({key: options[0] for key, options in groups.items()})
+        # Where a group's own size says little, the leaf's typical one may say more.
+        faint = {
+            key: groups[key][1]
+            for key, measured in best.items()
+            if len(groups[key]) > 1 and not all(m.settled for m in measured)
+        }
+        for key, other in self._along(faint).items():
+            best[key] = _better(best[key], other)
         if self.reference.stops:
-            free = list(self.reference.slopes(probes, hold=0))
-        best: dict[tuple[int, int], list[Measured]] = {}
-        for number, place, mine in groups:
-            claimed, noise = self.claim.tested[number], self.claim.noise[number]
-            tried = [
-                compared(probes[k].direction, slopes[k], claimed, noise)._replace(
-                    free=free[k]
-                )
-                for k in mine
-            ]
-            best[number, place] = _better(best.get((number, place)), tried)
-        measured: dict[int, list[Measured]] = {number: [] for number in numbers}
-        for (number, _), tried in best.items():
-            measured[number] += tried
+            first = [(key, measured[0]) for key, measured in best.items()]
+            probes = [Probe(number, m.direction) for (number, _), m in first]
+            free = self.reference.slopes(probes, [m.goal for _, m in first], hold=0)
+            for (key, m), slope in zip(first, free, strict=True):
+                best[key][0] = m._replace(free=slope)
+        measured = {number: [] for number in numbers}
+        for (number, _), found in best.items():
+            measured[number] += found
+        return measured
+
+    def _along(
+        self, scales: dict[tuple[int, int], np.ndarray]
+    ) -> dict[tuple[int, int], list[Measured]]:
+        """Random directions of some scales, by leaf and group."""
+        keys, probes, goals = [], [], []
+        for (number, place), scale in scales.items():
+            for k in range(1 if np.count_nonzero(scale) == 1 else DIRECTIONS):
+                direction = random_direction(scale, (self.seed, number, place, k))
+                parts = self.claim.tested[number] * direction()
+                keys.append((number, place))
+                probes.append(Probe(number, direction))
+                goals.append(_FINE * float(np.linalg.norm(parts)))
+        slopes = self.reference.slopes(probes, goals)
+        measured: dict[tuple[int, int], list[Measured]] = {key: [] for key in scales}
+        for key, probe, slope in zip(keys, probes, slopes, strict=True):
+            claimed, noise = self.claim.tested[key[0]], self.claim.noise[key[0]]
+            measured[key].append(compared(probe.direction, slope, claimed, noise))
         return measured
 
     def _held(self, measured: list[Measured]) -> str:
@@ -361,7 +382,7 @@ class Judge:
     ) -> list[Slope]:
         pairs = list(zip(places, scales, strict=True))
         probes = [Probe(number, maker(p, s)) for p, s in pairs]
-        slopes = self.reference.slopes(probes, self.hold)
+        slopes = self.reference.slopes(probes, hold=self.hold)
         return [
             Slope(
                 slope.value / s,
@@ -481,7 +502,7 @@ class Judge:
             return _on_kink(row, kinks[0].slope)
         worst = max(doubtful, key=lambda m: m.gap / (m.norm or 1))
         found = locate(
-            lambda probes: self.reference.slopes(probes, self.hold),
+            lambda probes: self.reference.slopes(probes, hold=self.hold),
             number,
             claimed,
             worst.direction(),
@@ -588,19 +609,13 @@ def compared(
     )
 
 
-def _better(own: list[Measured] | None, other: list[Measured]) -> list[Measured]:
-    """Of two scales the one that says more, if it doesn't contradict the other."""
-    if own is None:
-        return other
-    # The directions are the same but for their lengths, where the scale is a number.
-    agree = all(
-        abs(a.slope.value / a.length - b.slope.value / b.length)
-        <= a.slope.error / a.length + b.slope.error / b.length
-        or len(own) > 1
-        for a, b in zip(own, other, strict=True)
-    )
-    sharper = _bar(other) < _bar(own) and not all(m.agrees for m in own)
-    return other if agree and sharper else own
+def _better(own: list[Measured], other: list[Measured]) -> list[Measured]:
+    """Of two scales the one that says more, if it doesn't contradict the other.
+
+    A longer step says more, and may step over all that there is.
+    """
+    agree = all(m.agrees for m in own) == all(m.agrees for m in other)
+    return other if agree and _bar(other) < _bar(own) else own
 
 
 def _bar(measured: list[Measured]) -> float:
