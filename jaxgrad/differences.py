@@ -196,9 +196,9 @@ class Slope:
     rounding: float = 0.0
 
 
-LADDER = tuple(1e-2 * 4.0**-j for j in range(14))
+LADDER = tuple(0.16 * 4.0**-j for j in range(16))
 """Steps to try, as shares of the scale: a wide relu net needs 1e-5, a point beside the
-edge of a domain or a kink less, and a loss with noise in its digits 1e-2."""
+edge of a domain or a kink less, and a loss with noise in its digits 1e-2 or more."""
 
 # Three neighbouring estimates in the regime of a power law err by no more than their
 # spread; where rounding rules, their spread is its size only up to luck.
@@ -236,7 +236,8 @@ def slope_of(
         # Free of what is proportional to h and to h**2, so that rounding is left. The
         # root of the sum of the squared factors is 67; a bend has 6**0.5 roundings.
         noise = np.abs(bend[:-2] - 20 * bend[1:-1] + 64 * bend[2:])[-4:] / (67 * 6**0.5)
-        rounding = float(max(np.nanmedian(noise), least))
+        noise = noise[np.isfinite(noise)]
+        rounding = max(float(np.median(noise)) if len(noise) else 0.0, least)
         lost = rounding + np.where((ahead == 0) & (behind == 0), quantum, 0.0)
         # The parts in h, h**2 go out of one-sided slopes, that in h**2 out of central
         # ones. Before, there may be less error where the loss bends at every step.
@@ -246,6 +247,8 @@ def slope_of(
             once = _without(slopes, 4)
             sides.append(_best([once, _without(once, 16)], h, lost))
         kink = _is_kink(_without(ahead / h + behind / h, 4), lost[1:] / h[1:])
+        if not math.isfinite(error):  # at the edge of a domain: the side inside of it
+            value, error = min(sides, key=lambda side: side[1])
     if kink:
         value = (sides[0][0] + sides[1][0]) / 2
         error = max(sides[0][1], sides[1][1])
@@ -263,6 +266,8 @@ def _best(
     """The middle of the three neighbours that agree best, and what it may be off by."""
     value, error = math.nan, math.inf
     for row in rows:
+        if len(row) < 3:
+            continue
         windows = np.lib.stride_tricks.sliding_window_view(row, 3)
         finest = (rounding / steps)[len(steps) - len(windows) :]
         bars = _SAFETY * (np.ptp(windows, axis=1) + finest)

@@ -34,7 +34,8 @@ class Place(NamedTuple):
     line: int
 
     def __str__(self) -> str:
-        return f"`{self.function}` ({os.path.basename(self.file)}, line {self.line})"
+        where = f"{os.path.basename(self.file)}, line {self.line}"
+        return f"`{self.function}` ({where})" if self.line else f"`{self.function}`"
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,33 @@ class Value:
     now: Any
     held: Any
     moves: bool
-    terms: Callable[[], tuple[Any, Any]] | None = None
+    terms: Callable[[], Change] | None = None
 
-    def change(self) -> tuple[Any, Any]:
-        """`now - held`, and the size of the numbers whose rounding is in it.
+    def change(self) -> Change:
+        """`now - held`, taken before the last sums and products.
 
-        The difference is taken before the last sums: their other terms don't take its
-        digits away.
+        So the other terms of a sum don't take its digits away.
         """
         if self.terms:
             return self.terms()
-        change, size = self.now - self.held, jnp.abs(self.held)
+        by, size = self.now - self.held, jnp.abs(self.held)
         # Two compiled copies of an unmoved number may differ in their last bits.
-        return change, jnp.where(jnp.abs(change) > 4 * _EPS * size, size, 0)
+        moved = jnp.where(jnp.abs(by) > 4 * _EPS * size, size, 0)
+        return Change(by, moved, size)
+
+
+class Change(NamedTuple):
+    """A difference of two values of a variable.
+
+    Attributes:
+      by: the difference.
+      moved: the size of the numbers that it was taken of, where they differ.
+      size: their size, also where they don't.
+    """
+
+    by: Any
+    moved: Any
+    size: Any
 
 
 jax.tree_util.register_dataclass(Value, ["now", "held"], ["moves"], ["terms"])
@@ -87,6 +102,9 @@ class Walk:
       inside: whether the jaxpr is a custom rule's forward part.
       record: if given, the inputs of custom rules are collected; per equation of one,
         it gets which of its inputs depend on the parameters.
+      run_on: how many times as many steps again a loop takes that stops by a test of
+        what moves.
+      callers: the equations that the jaxpr stands in.
       path: where the jaxpr stands.
       notes: gets a line for each equation that could not be computed wider.
     """
@@ -99,6 +117,8 @@ class Walk:
     pulls: Taps = field(default_factory=dict)
     inside: bool = False
     record: dict[Path, list[bool]] | None = None
+    run_on: int = 0
+    callers: tuple[Any, ...] = ()
     path: Path = ()
     notes: list[str] = field(default_factory=list)
 
@@ -151,7 +171,8 @@ def _equation(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Val
         return [still(out) for out in bind(eqn, [value.now for value in inputs])]
     if name in _OPAQUE:
         raise Opaque(
-            f"`{name}` at {source_of(eqn)} can't be evaluated anew in float64. Pass "
+            f"`{name}` at {source_of(eqn, *reversed(walk.callers))} can't be evaluated "
+            "anew in float64. Pass "
             "reference=, a plain function of (params, *args) that computes the same."
         )
     handler = _HANDLERS.get(name, _plain)
@@ -201,6 +222,7 @@ def _both(function: Callable[..., Any], inputs: Sequence[Value], walk: Walk) -> 
 def _plain(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
     if not walk.wide:
         return _both(lambda operands: bind(eqn, operands), inputs, walk)
+    moves = [value.moves for value in inputs]
     inputs = [promote(value, walk) for value in inputs]
     changed = {
         key: _wide_param(value)
@@ -213,37 +235,73 @@ def _plain(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
         changed["precision"] = None
     try:
         out = _both(lambda operands: bind(eqn, operands, **changed), inputs, walk)
-        if walk.pairs and _adds_up(eqn, inputs):
+        if walk.pairs and len(out) == 1:
+            inputs = [replace(v, moves=m) for v, m in zip(inputs, moves, strict=True)]
             return [replace(out[0], terms=_terms(eqn, inputs, changed))]
         return out
     except (TypeError, ValueError, NotImplementedError):
         return _natively(eqn, inputs, walk, seen)
 
 
-def _adds_up(eqn: Any, inputs: list[Value]) -> bool:
-    """Whether an equation's output is linear in the inputs that move."""
-    name, moves = eqn.primitive.name, [value.moves for value in inputs]
-    if any(v.moves and not jnp.issubdtype(v.now.dtype, jnp.inexact) for v in inputs):
-        return False
-    if name in ("mul", "dot_general"):
-        return sum(moves) == 1
-    return name in _SUMS or moves == {"div": [True, False]}.get(name)
-
-
 def _terms(
     eqn: Any, inputs: list[Value], changed: Mapping[str, Any]
-) -> Callable[[], tuple[Any, Any]]:
-    @functools.cache
-    def terms() -> tuple[Any, Any]:
-        at_rest = jnp.zeros_like if eqn.primitive.name in _SUMS else jnp.asarray
-        parts = [v.change() if v.moves else (at_rest(v.now),) * 2 for v in inputs]
-        change = bind(eqn, [part for part, _ in parts], **changed)[0]
-        sizes = [jnp.abs(size) for _, size in parts]
-        if eqn.primitive.name == "sub":
-            return change, sizes[0] + sizes[1]
-        return change, jnp.abs(bind(eqn, sizes, **changed)[0])
+) -> Callable[[], Change] | None:
+    """The change of an output from those of the inputs, for what adds and multiplies."""
+    name = eqn.primitive.name
+    floats = [jnp.issubdtype(v.now.dtype, jnp.inexact) for v in inputs]
+    if any(v.moves and not real for v, real in zip(inputs, floats, strict=True)):
+        return None
 
-    return terms
+    def apply(*operands: Any) -> Any:
+        return bind(eqn, operands, **changed)[0]
+
+    def change_of(value: Value) -> Change:
+        if value.moves:
+            return value.change()
+        return Change(*3 * (jnp.zeros_like(value.now),))
+
+    @functools.cache
+    def added() -> Change:
+        # Indices and masks stay what they are; other numbers that don't move add nothing.
+        parts = [
+            change_of(value) if real else Change(*3 * (value.now,))
+            for value, real in zip(inputs, floats, strict=True)
+        ]
+        by, *sizes = (apply(*column) for column in zip(*parts, strict=True))
+        if name == "sub":
+            sizes = [a + b for a, b in list(zip(*parts, strict=True))[1:]]
+        return Change(by, *map(jnp.abs, sizes))
+
+    @functools.cache
+    def multiplied() -> Change:
+        (a, b), (x, y) = map(change_of, inputs), (value.held for value in inputs)
+        by = apply(a.by, y) + apply(x, b.by) + apply(a.by, b.by)
+        x, y = jnp.abs(x), jnp.abs(y)
+        return Change(
+            by,
+            apply(a.moved, y) + apply(x, b.moved),
+            apply(a.size, y) + apply(x, b.size),
+        )
+
+    @functools.cache
+    def divided() -> Change:
+        change, by = change_of(inputs[0]), inputs[1].now
+        return Change(change.by / by, *(x / jnp.abs(by) for x in change[1:]))
+
+    @functools.cache
+    def squared() -> Change:
+        a, x = change_of(inputs[0]), inputs[0].held
+        return Change(a.by * (2 * x + a.by), *(2 * jnp.abs(x) * s for s in a[1:]))
+
+    if name in _SUMS:
+        return added
+    if name in ("mul", "dot_general"):
+        return multiplied
+    if name == "div" and not inputs[1].moves:
+        return divided
+    if name == "square" or (name == "integer_pow" and eqn.params["y"] == 2):
+        return squared
+    return None
 
 
 def _wide_param(value: Any) -> Any:
@@ -266,7 +324,8 @@ def _wide_param(value: Any) -> Any:
 
 def _natively(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
     """In the dtypes that the equation has, between wider ones."""
-    walk.notes.append(f"`{eqn.primitive.name}` at {source_of(eqn)}")
+    place = source_of(eqn, *reversed(walk.callers))
+    walk.notes.append(f"`{eqn.primitive.name}` at {place}")
 
     def function(operands: list[Any]) -> list[Any]:
         return [wider(out) for out in bind(eqn, _narrow(eqn, operands))]
@@ -332,7 +391,8 @@ def _rounded(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Valu
 
 
 def _inline(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
-    return evaluate(_body(eqn), inputs, walk, seen)
+    inner = replace(walk, callers=(*walk.callers, eqn))
+    return evaluate(_body(eqn), inputs, inner, seen)
 
 
 def _body(eqn: Any) -> Any:
@@ -357,7 +417,8 @@ def _custom(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value
         before, after = walk.taps.get(walk.path, ((), ()))
         out = bind(eqn, _add([value.now for value in inputs], before))
         return [Value(x, x, moves=True) for x in _add(out, after)]
-    outputs = evaluate(_body(eqn), inputs, replace(walk, inside=True), seen)
+    within = replace(walk, inside=True, callers=(*walk.callers, eqn))
+    outputs = evaluate(_body(eqn), inputs, within, seen)
     outputs = [promote(value, walk) for value in outputs]
     return _trusted(inputs, outputs, walk) if walk.path in walk.pulls else outputs
 
@@ -407,7 +468,7 @@ def _scan(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
 
     def step(carry: Any, row: Any) -> Any:
         row, taps, pulls = row
-        inner = replace(walk, taps=taps, pulls=pulls)
+        inner = replace(walk, taps=taps, pulls=pulls, callers=(*walk.callers, eqn))
         found: Seen = {}
         outputs = evaluate(body, [*consts, *carry, *row], inner, found)
         promoted = [promote(v, walk, m) for v, m in zip(outputs, flags, strict=True)]
@@ -445,37 +506,46 @@ def _while(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
     tests, consts, carry = inputs[:first], inputs[first:then], inputs[then:]
     flags = _while_flags(params, [value.moves for value in inputs])
     carry = [promote(v, walk, m) for v, m in zip(carry, flags, strict=True)]
-    inner = replace(walk, record=None, taps={})
+    inner = replace(walk, record=None, taps={}, callers=(*walk.callers, eqn))
 
     def going(carry: list[Value]) -> Value:
         return evaluate(params["cond_jaxpr"], [*tests, *carry], inner)[0]
 
-    def goes_on(carry: list[Value]) -> Any:
-        test = going(carry)
-        return test.now | test.held if walk.pairs else test.now
-
-    def step(carry: list[Value]) -> list[Value]:
+    def body(carry: list[Value]) -> list[Value]:
         after = evaluate(params["body_jaxpr"], [*consts, *carry], inner)
-        after = [promote(v, walk, m) for v, m in zip(after, flags, strict=True)]
-        if not walk.pairs:
-            return after
-        test = going(carry)
-        return [
-            Value(
-                _select(test.now, new.now, old.now),
-                _select(test.held, new.held, old.held),
-                new.moves,
-            )
-            for new, old in zip(after, carry, strict=True)
-        ]
+        return [promote(v, walk, m) for v, m in zip(after, flags, strict=True)]
 
-    return lax.while_loop(goes_on, step, carry)
+    def goes_on(state: tuple[Any, list[Value]]) -> Any:
+        test = going(state[1])
+        return jnp.any(test.now | test.held if walk.pairs else test.now)
+
+    def step(state: tuple[Any, list[Value]]) -> tuple[Any, list[Value]]:
+        count, carry = state
+        test, after = going(carry), body(carry)
+        if walk.pairs or test.now.ndim:  # the loops of a batch, and of a pair, as one
+            after = [
+                Value(
+                    _select(test.now, new.now, old.now),
+                    _select(test.held, new.held, old.held),
+                    new.moves,
+                )
+                for new, old in zip(after, carry, strict=True)
+            ]
+        return count + 1, after
+
+    count, carry = lax.while_loop(goes_on, step, (jnp.int32(0), carry))
+    if not (walk.run_on and going(carry).moves):
+        return carry
+    more = jnp.minimum(walk.run_on * count, _MOST_STEPS)
+    return lax.fori_loop(0, more, lambda _, carry: body(carry), carry)
+
+
+# A loop that is run on to convergence takes no more steps than this.
+_MOST_STEPS = 10_000
 
 
 def _select(test: Any, new: Any, old: Any) -> Any:
-    if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
-        return lax.cond(test, lambda: new, lambda: old)
-    return jnp.where(test, new, old)
+    return jnp.where(jnp.expand_dims(test, range(test.ndim, new.ndim)), new, old)
 
 
 def _cond(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
@@ -654,6 +724,12 @@ _SUMS = (
     "slice",
     "concatenate",
     "copy",
+    "gather",
+    "dynamic_slice",
+    "select_n",
+    "rev",
+    "pad",
+    "cumsum",
 )
 _DROPPED = ("debug_callback", "debug_print")
 _OPAQUE = ("pure_callback", "io_callback", "ffi_call", "pallas_call")
@@ -774,14 +850,14 @@ def in_library(file: str) -> bool:
     return os.path.realpath(file).startswith(_LIBRARIES)
 
 
-def source_of(eqn: Any) -> Place:
-    """The innermost line of an equation outside of libraries, or else the innermost."""
-    traceback = eqn.source_info.traceback
-    frames = traceback.frames if traceback else []
-    for frame in frames:
-        if not in_library(frame.file_name):
-            return Place(frame.function_name, frame.file_name, frame.line_num)
-    if frames:
-        frame = frames[0]
-        return Place(frame.function_name, frame.file_name, frame.line_num)
-    return Place("an equation without a source line", "", 0)
+def source_of(*eqns: Any) -> Place:
+    """The innermost line outside of libraries of the first equation that has one.
+
+    Equations inside `jit` have none: those that they stand in come next.
+    """
+    for eqn in eqns:
+        traceback = eqn.source_info.traceback
+        for frame in traceback.frames if traceback else []:
+            if not in_library(frame.file_name):
+                return Place(frame.function_name, frame.file_name, frame.line_num)
+    return Place("a library's function", "", 0)

@@ -89,7 +89,7 @@ def partition(params: PyTree) -> tuple[PyTree, PyTree]:
         if kind in ("integer", "complex", "foreign"):
             raise TypeError(_no_gradient(leaf_name(path), leaf, kind))
     if "differentiable" not in kinds:
-        raise TypeError(_nothing_to_differentiate(named, kinds))
+        raise TypeError(nothing_to_differentiate(named, kinds))
     both = [
         (kind == "differentiable", leaf)
         for kind, (_, leaf) in zip(kinds, named, strict=True)
@@ -129,7 +129,8 @@ def _no_gradient(name: str, leaf: Any, kind: Kind) -> str:
     )
 
 
-def _nothing_to_differentiate(named: list[tuple[Any, Any]], kinds: list[Kind]) -> str:
+def nothing_to_differentiate(named: list[tuple[Any, Any]], kinds: list[Kind]) -> str:
+    """Says why a tree has nothing to differentiate, and what to do."""
     if not named:
         return "params has no leaves, so there is nothing to differentiate."
     (path, leaf), kind = named[0], kinds[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from jaxgrad.checking.problem import (
     scalar_function,
     spread,
 )
-from jaxgrad.checking.reference import Reference
+from jaxgrad.checking.reference import OutOfBudget, Reference
 from jaxgrad.checking.report import (
     BAD,
     Finding,
@@ -236,6 +237,12 @@ class Judged:
     """The value of the function, and what its gradient's forward part returns."""
 
 
+# By this share of themselves parameters are moved, to see what rounding does: some 50
+# roundings, so that those in the middle of a computation are seen too.
+_NUDGE = 1e-14
+# Loops are run on for twice as many steps again: what was left at the tolerance t is
+# then t**3, as far as each step takes the same share of it.
+_RUN_ON = 2
 # A loss that isn't what the reference or its own second trace gives can't be right.
 _FATAL = ("value",)
 
@@ -257,11 +264,10 @@ def judge(
     findings: list[Finding] = []
     reference = Reference(plain, options.max_evaluations)
     programs = [reference.program]
-    native = wide = None
+    native = wide = widely = None
     if tested.gradient is not None:
         natively = NativeGradient(tested)
         programs.append(natively.program)
-        widely = None
         try:
             widely = WideGradient(tested, _tangents(tested, options.seed), notes)
             programs.append(widely.program)
@@ -277,7 +283,8 @@ def judge(
     with jax.enable_x64(True):
         reference.pulls = on_host(pulls)
     notes += reference.notes
-    claim = _claim(tested, native, wide, given)
+    nudged = functools.cache(lambda: widely(_NUDGE).leaves) if widely else None
+    claim = _claim(tested, native, wide, given, nudged)
 
     def candidates() -> list[list[np.ndarray]]:
         if not found:
@@ -297,18 +304,19 @@ def judge(
             parts.append(parts_of(plain, pulls))
         return [(label, leaf[number]) for label, leaf in parts[0]]
 
-    counts = _counts(plain)
     judging = Judge(
         plain,
         reference,
         claim,
         options.rtol,
         candidates,
-        counts,
+        _counts(plain),
         parts_for,
         options.seed,
     )
     leaves = judging.leaves()
+    if any(eqn.primitive.name == "while" for eqn in equations(plain.loss)):
+        leaves = _run_on(judging, leaves, options, pulls)
     values = _values(reference, wide, native, leaves) if given is None else None
     rules: list[RuleCheck] = []
     bad = [leaf.verdict in BAD for leaf in leaves]
@@ -351,6 +359,38 @@ def judge(
     return Judged(leaves, rules, findings, forward, reference.evaluations, values)
 
 
+def _run_on(
+    judging: Judge, leaves: list[LeafCheck], options: _Options, pulls: Any
+) -> list[LeafCheck]:
+    """Judges the leaves in doubt once more, with loops run on to convergence.
+
+    A loop that stops at a tolerance has another derivative than what it converges to,
+    which is what an implicit rule gives. If the loss stays, it's such a loop.
+    """
+    doubtful = [k for k, leaf in enumerate(leaves) if leaf.verdict in BAD]
+    here = judging.reference.here
+    if not doubtful or not np.isfinite(here):
+        return leaves
+    further = Reference(judging.problem, options.max_evaluations, run_on=_RUN_ON)
+    with jax.enable_x64(True):
+        further.pulls = on_host(pulls)
+    try:
+        if not abs(further.here - here) <= 1e-2 * abs(here):
+            return leaves
+    except OutOfBudget:
+        return leaves
+    again = replace(judging, reference=further, _known={})
+    after = again.leaves()
+    judging.reference.evaluations += further.evaluations
+    text = "judged with the loss's loops run on to convergence"
+    return [
+        replace(after[k], text=text)
+        if k in doubtful and after[k].verdict not in BAD
+        else leaf
+        for k, leaf in enumerate(leaves)
+    ]
+
+
 def _alone(problem: Problem, options: _Options) -> Any:
     """A custom rule's verdict; its operands are its leaves."""
     judged = judge(problem, options, with_rules=False)
@@ -364,7 +404,11 @@ def _tangents(problem: Problem, seed: int) -> list[np.ndarray]:
 
 
 def _claim(
-    problem: Problem, native: Gradients | None, wide: Gradients | None, given: Any
+    problem: Problem,
+    native: Gradients | None,
+    wide: Gradients | None,
+    given: Any,
+    nudged: Callable[[], list[np.ndarray]] | None,
 ) -> Claim:
     none: list[np.ndarray | float] = [0.0] * len(problem.names)
     if given is not None and given.problem is None:
@@ -374,14 +418,14 @@ def _claim(
                 n + 10 * np.abs(a - b)
                 for n, a, b in zip(noise, native.leaves, wide.leaves, strict=True)
             ]
-        return Claim(given.values, noise, None)
+        return Claim(given.values, noise, None, None)
     assert native is not None
     if wide is None:
         eps = [float(jnp.finfo(x.dtype).eps) for x in problem.values]
         # Not known, since nothing wider is: a sum of a thousand roundings.
         noise = [30 * _noise(x, e) for x, e in zip(native.leaves, eps, strict=True)]
-        return Claim(native.leaves, noise, None)
-    return Claim(wide.leaves, none, native.leaves)
+        return Claim(native.leaves, noise, None, None)
+    return Claim(wide.leaves, none, native.leaves, nudged)
 
 
 def _noise(array: np.ndarray, eps: float) -> np.ndarray:

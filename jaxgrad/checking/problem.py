@@ -39,6 +39,7 @@ from jaxgrad.pytrees import (
     leaf_name,
     loss_and_aux,
     merge_static,
+    nothing_to_differentiate,
     split_static,
 )
 
@@ -166,6 +167,8 @@ def operands_of(
       ValueError: a pattern fits no leaf.
     """
     arrays, static = split_static((params, *args))
+    # As JAX takes them: a NumPy array of float64 is one of float32, unless it has x64.
+    arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in arrays]
     named = jax.tree_util.tree_leaves_with_path(params)
     place, chosen, names, integers = 0, [], [], []
     for path, leaf in named:
@@ -183,12 +186,8 @@ def operands_of(
             integers.append((name, leaf))
         place += is_array(leaf)
     if not names:
-        raise TypeError(
-            "params has no array of floats, so there is no gradient to check. It holds "
-            f"{', '.join(f'`{leaf_name(p)}` ({kind_of(x)})' for p, x in named[:4])}"
-            f"{' and more' if len(named) > 4 else ''}. params is the loss's first "
-            "argument."
-        )
+        kinds = [kind_of(leaf) for _, leaf in named]
+        raise TypeError(nothing_to_differentiate(named, kinds))
     if patterns is not None:
         keep: set[str] = set()
         for pattern in patterns:
@@ -381,7 +380,10 @@ class WideGradient:
                 before, after = (
                     [Value(x, x, moves=True) for x in v] for v in (values, rest)
                 )
-                return [v.now for v in evaluate(closed, [*before, *held, *after], walk)]
+                return [
+                    wider(v.now)
+                    for v in evaluate(closed, [*before, *held, *after], walk)
+                ]
 
             out = wide(problem.gradient, consts[0], [jnp.ones((), jnp.float64)])
             pulls = []
@@ -393,7 +395,8 @@ class WideGradient:
             # Each leaf's part is made as large as any other's, so that none hides.
             parts = [g * t for g, t in zip(out[1 : 1 + count], tangents, strict=True)]
             sizes = [jnp.sqrt(jnp.sum(part**2)) for part in parts]
-            sizes = [jnp.where(size > 0, size, 1) for size in sizes]
+            least = 1e-12 * jnp.maximum(jnp.abs(out[0]), 1e-30)  # less is rounding
+            sizes = [jnp.where(s > least, s, jnp.inf) for s in sizes]
             reverse = sum(jnp.sum(p) / s for p, s in zip(parts, sizes, strict=True))
             scaled = [t / s for t, s in zip(tangents, sizes, strict=True)]
             return out, pulls, (wide(problem.forward, consts[1], scaled)[0], reverse)
@@ -407,9 +410,14 @@ class WideGradient:
             self._operands = on_host((values, problem.fixed, consts, list(tangents)))
             self.program = Program(run, problem.size, *self._operands)
 
-    def __call__(self) -> Gradients:
+    def __call__(self, nudge: float = 0.0) -> Gradients:
+        """The gradient; with each parameter moved by up to a share of itself."""
+        values, *rest = self._operands
         with jax.enable_x64(True):
-            (value, *leaves), pulls, slopes = self.program(*self._operands)
+            if nudge:
+                rng = np.random.default_rng(0)
+                values = [x * (1 + nudge * spread(rng, x.shape)) for x in values]
+            (value, *leaves), pulls, slopes = self.program(values, *rest)
         pulls = jax.tree.unflatten(jax.tree.structure(self._problem.taps), pulls)
         both = None if slopes is None else (float(slopes[0]), float(slopes[1]))
         return Gradients(float(value), [as_numpy(x) for x in leaves], both, pulls)

@@ -43,9 +43,13 @@ _QUANTA = 1000
 _TOGETHER = 16_000_000
 # Where an equation keeps its own dtype, its rounding asks for steps this much longer.
 _LONGER = 30
-# Steps that are tried first: they do for smooth losses, and for relu nets.
-_FIRST, _REST = LADDER[1:8], (*LADDER[:1], *LADDER[8:])
-_WIDTH = 2 * len(_FIRST) + 1
+# Steps that are tried first: they do for smooth losses and for relu nets. Fewer where an
+# evaluation takes long.
+_STEPS, _FEW_STEPS = slice(3, 10), slice(4, 8)
+
+
+def _largest(sizes: np.ndarray) -> float:
+    return float(np.max(sizes, where=np.isfinite(sizes), initial=0.0))
 
 
 class Reference:
@@ -57,11 +61,15 @@ class Reference:
       notes: the equations that could not be computed wider.
       evaluations: how often the loss has been evaluated.
       rounding: the largest rounding error of its values that was seen.
+      coarse: whether the loss may change in steps larger than float64's rounding, by
+        a loop that stops at a tolerance, or an equation that keeps its own dtype.
       stops: whether the loss has a `stop_gradient` or a trusted rule.
       inner_stops: whether a custom rule's forward part has a `stop_gradient`.
     """
 
-    def __init__(self, problem: Problem, max_evaluations: int | None) -> None:
+    def __init__(
+        self, problem: Problem, max_evaluations: int | None, run_on: int = 0
+    ) -> None:
         self.problem = problem
         self.notes: list[str] = []
         self.evaluations = 0
@@ -69,6 +77,7 @@ class Reference:
         self._budget = max_evaluations
         names = {eqn.primitive.name for eqn in equations(problem.loss)}
         self.stops = "stop_gradient" in names or bool(problem.taps)
+        self.coarse = "while" in names
         rules = [eqn for eqn, _ in rule_sites(problem.loss).values()]
         self.inner_stops = any(
             eqn.primitive.name == "stop_gradient"
@@ -76,7 +85,7 @@ class Reference:
             for body in bodies(rule)
             for eqn in equations(body)
         )
-        walk = Walk(pairs=True, notes=self.notes)
+        walk = Walk(pairs=True, run_on=run_on, notes=self.notes)
         loss = problem.loss.jaxpr
 
         def at(
@@ -110,22 +119,37 @@ class Reference:
             # A direction that moves nothing in a leaf, made once.
             self._still = [jnp.zeros(x.shape, jnp.float64) for x in self._point]
         sizes = sum(int(np.prod(x.shape)) for x in problem.values) + problem.size
-        self._at_once = _WIDTH * sizes <= _TOGETHER
-        self._probes = min(_TOGETHER // (_WIDTH * sizes), 8) or 1
+        self._at_once = 2 * len(LADDER) * sizes <= _TOGETHER
+        chosen = _STEPS if self._at_once else _FEW_STEPS
+        self._first, self._rest = (
+            LADDER[chosen],
+            [h for h in LADDER if h not in LADDER[chosen]],
+        )
+        self._width = 2 * len(self._first) + 1
+        self._probes = 1
         if self._at_once:
+            self._probes = max(min(_TOGETHER // (self._width * sizes), 8), 1)
             steps = jax.vmap(at, (None, None, None, None, None, 0, None))
-            at = jax.vmap(steps, (None, None, None, None, 0, None, 0))
+            program = jax.vmap(steps, (None, None, None, None, 0, None, 0))
+        else:
+            # One after another; what the point itself gives is computed once.
+            def program(*operands: Any) -> Any:
+                *point, steps, hold = operands
+                return jax.lax.map(lambda h: at(*point, h, hold), steps)
+
         self._here: float | None = None
         with jax.enable_x64(True):
-            self.program = Program(at, problem.size, *self._operands([], [0.0], 1))
-        longer = _LONGER if self.notes else 1
-        self._ladders = [[h * longer for h in part] for part in (_FIRST, _REST)]
+            self.program = Program(program, problem.size, *self._operands([], [0.0], 1))
+        if self.notes:
+            self.coarse = True
+            self._first = [h * _LONGER for h in self._first]
+            self._rest = [h * _LONGER for h in self._rest]
 
     @property
     def here(self) -> float:
         """The loss at the point, in float64."""
         if self._here is None:
-            self._values([Probe(0, lambda: np.zeros(()))], [0.0], 1)
+            self._values([Probe(0, lambda: np.zeros(()))], [LADDER[-1]], 1)
         assert self._here is not None
         return self._here
 
@@ -143,7 +167,7 @@ class Reference:
         Raises:
           OutOfBudget: it would take more evaluations than are allowed.
         """
-        first, rest = self._ladders
+        first, rest = self._first, self._rest
         rows = self._values(probes, first, hold)
         slopes = [self._slope(first, row) for row in rows]
         goals = list(wanted) or [1e-6 * abs(slope.value) for slope in slopes]
@@ -161,9 +185,12 @@ class Reference:
         return slopes
 
     def _slope(self, ladder: Sequence[float], row: np.ndarray) -> Slope:
-        (ahead, sizes), (behind, _) = row
-        least = _EPS * float(np.nanmax(sizes))
-        quantum = _QUANTA * _EPS * abs(self.here)
+        (ahead, moved, sizes), (behind, *_) = row
+        least = _EPS * _largest(moved)
+        quantum = _QUANTA * _EPS * max(_largest(sizes), abs(self.here))
+        changes = np.abs([ahead, behind])
+        if self.coarse and not changes.all() and changes.any():
+            least = max(least, float(changes[changes > 0].min()))
         slope = slope_of(ladder, ahead, behind, least, quantum)
         self.rounding = max(self.rounding, slope.rounding)
         return slope
@@ -172,6 +199,15 @@ class Reference:
         self, probes: Sequence[Probe], steps: Sequence[float], hold: int
     ) -> list[np.ndarray]:
         """Per probe, ahead and behind: the changes at each step, and their sizes."""
+        if not probes or not steps:
+            return [np.zeros((2, 3, 0))] * len(probes)
+        most = (self._width - 1) // 2
+        if len(steps) > most:
+            some = self._values(probes, steps[:most], hold)
+            rest = self._values(probes, steps[most:], hold)
+            return [
+                np.concatenate(pair, axis=2) for pair in zip(some, rest, strict=True)
+            ]
         count = 2 * len(probes) * len(steps)
         if self._budget is not None and self.evaluations + count > self._budget:
             raise OutOfBudget
@@ -181,21 +217,11 @@ class Reference:
         with jax.enable_x64(True):
             for start in range(0, len(probes), self._probes):
                 some = probes[start : start + self._probes]
-                if self._at_once:
-                    got = self.program(*self._operands(some, both, hold))
-                    change, size, here = (np.asarray(x) for x in got)
-                    # What two compiled copies of the point differ by.
-                    change = change - change[:, -1:]
-                    self._here = float(here[0, 0])
-                    found = np.stack([change, size], axis=1)[: len(some)]
-                else:
-                    single = [
-                        self.program(*self._operands(some, [h], hold)) for h in both
-                    ]
-                    self._here = float(single[0][2])
-                    found = np.array([[float(x) for x in got[:2]] for got in single]).T
-                    found = found[None]
-                for row in found:
+                got = self.program(*self._operands(some, both, hold))
+                by, moved, size, here = (np.atleast_2d(np.asarray(x)) for x in got)
+                by = by - by[:, -1:]  # by which two compiled copies of it differ
+                self._here = float(here[0, 0])
+                for row in np.stack([by, moved, size], axis=1)[: len(some)]:
                     parts = row[:, : len(steps)], row[:, len(steps) : len(both)]
                     rows.append(np.stack(parts))
         return rows
@@ -204,7 +230,8 @@ class Reference:
         self, probes: Sequence[Probe], steps: Sequence[float], hold: int
     ) -> list[Any]:
         point = self._point, self._fixed, self._consts, self.pulls
-        moves: list[Any]
+        padded = np.zeros(self._width)
+        padded[: len(steps)] = steps
         if not self._at_once:
             moves = list(self._still)
             for probe in probes:
@@ -212,20 +239,16 @@ class Reference:
                 moves[probe.leaf] = jnp.asarray(
                     np.broadcast_to(probe.direction(), shape)
                 )
-            return [*point, moves, np.float64(steps[0]), np.int32(hold)]
-        padded = np.zeros(_WIDTH)
-        padded[: len(steps)] = steps
-        moves = [np.zeros((self._probes, *x.shape)) for x in self._still]
+            return [*point, moves, padded, np.int32(hold)]
+        several = [np.zeros((self._probes, *x.shape)) for x in self._still]
         for row, probe in enumerate(probes):
-            moves[probe.leaf][row] = probe.direction()
-        holds = np.full(self._probes, hold, np.int32)
-        return [*point, moves, padded, holds]
+            several[probe.leaf][row] = probe.direction()
+        return [*point, several, padded, np.full(self._probes, hold, np.int32)]
 
 
 # Entries of a leaf whose sizes are further apart than this are displaced apart from each
 # other: a step in proportion to each entry's size would show the small ones too faintly.
 _DECADES = 4
-DIRECTIONS = 2
 
 
 def scales_of(leaf: np.ndarray) -> list[list[np.ndarray]]:
