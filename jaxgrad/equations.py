@@ -153,7 +153,7 @@ def evaluate(
     for number, eqn in enumerate(jaxpr.eqns):
         inputs = [read(atom) for atom in eqn.invars]
         here = replace(walk, path=(*walk.path, number))
-        outputs = _equation(eqn, inputs, here, seen)
+        outputs = step_of(eqn, inputs, here, seen)
         environment.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -163,7 +163,8 @@ def still(value: Any) -> Value:
     return Value(value, value, moves=False)
 
 
-def _equation(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+def step_of(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
+    """The outputs of one equation."""
     name = eqn.primitive.name
     if name in _DROPPED:
         return []
@@ -393,6 +394,11 @@ def _rounded(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Valu
 def _inline(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
     inner = replace(walk, callers=(*walk.callers, eqn))
     return evaluate(_body(eqn), inputs, inner, seen)
+
+
+def inlined(eqn: Any) -> Any:
+    """The jaxpr of an equation that does nothing but run one; else `None`."""
+    return _body(eqn) if eqn.primitive.name in _INLINE else None
 
 
 def _body(eqn: Any) -> Any:
@@ -859,5 +865,6 @@ def source_of(*eqns: Any) -> Place:
         traceback = eqn.source_info.traceback
         for frame in traceback.frames if traceback else []:
             if not in_library(frame.file_name):
-                return Place(frame.function_name, frame.file_name, frame.line_num)
+                name = frame.function_name.rpartition(".<locals>.")[2]
+                return Place(name, frame.file_name, frame.line_num)
     return Place("a library's function", "", 0)

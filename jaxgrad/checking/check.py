@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxgrad.causes import Cause
 from jaxgrad.checking.candidates import parts_of, without_rules
+from jaxgrad.checking.digits import where_digits_go
 from jaxgrad.checking.problem import (
     Gradients,
     NativeGradient,
@@ -317,6 +318,8 @@ def judge(
     leaves = judging.leaves()
     if any(eqn.primitive.name == "while" for eqn in equations(plain.loss)):
         leaves = _run_on(judging, leaves, options, pulls)
+    if any(leaf.verdict == "imprecise" for leaf in leaves):
+        leaves = _with_place(leaves, tested)
     values = _values(reference, wide, native, leaves) if given is None else None
     rules: list[RuleCheck] = []
     bad = [leaf.verdict in BAD for leaf in leaves]
@@ -357,6 +360,20 @@ def judge(
             )
             findings.append(Finding("forward_mode", "", text))
     return Judged(leaves, rules, findings, forward, reference.evaluations, values)
+
+
+def _with_place(leaves: list[LeafCheck], problem: Problem) -> list[LeafCheck]:
+    """Says where an imprecise gradient loses its digits."""
+    found = where_digits_go(problem)
+    if found is None:
+        return leaves
+    operation, place = found
+    return [
+        replace(leaf, text=f"{leaf.text}; most are lost by {operation}, in {place}")
+        if leaf.verdict == "imprecise"
+        else leaf
+        for leaf in leaves
+    ]
 
 
 def _run_on(

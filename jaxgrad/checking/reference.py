@@ -61,6 +61,7 @@ class Reference:
       notes: the equations that could not be computed wider.
       evaluations: how often the loss has been evaluated.
       rounding: the largest rounding error of its values that was seen.
+      scale: the size of its value, or of the numbers that it's a sum of.
       coarse: whether the loss may change in steps larger than float64's rounding, by
         a loop that stops at a tolerance, or an equation that keeps its own dtype.
       stops: whether the loss has a `stop_gradient` or a trusted rule.
@@ -74,6 +75,7 @@ class Reference:
         self.notes: list[str] = []
         self.evaluations = 0
         self.rounding = 0.0
+        self.scale = 0.0
         self._budget = max_evaluations
         names = {eqn.primitive.name for eqn in equations(problem.loss)}
         self.stops = "stop_gradient" in names or bool(problem.taps)
@@ -187,6 +189,7 @@ class Reference:
     def _slope(self, ladder: Sequence[float], row: np.ndarray) -> Slope:
         (ahead, moved, sizes), (behind, *_) = row
         least = _EPS * _largest(moved)
+        self.scale = max(self.scale, _largest(sizes), abs(self.here))
         quantum = _QUANTA * _EPS * max(_largest(sizes), abs(self.here))
         changes = np.abs([ahead, behind])
         if self.coarse and not changes.all() and changes.any():

@@ -155,17 +155,27 @@ class GradientCheck(Report):
             tables += self.second_order.tables()
         return tables
 
-    def _leaves(self, ranked: list[LeafCheck], bad: list[LeafCheck]) -> Table:
+    def _title(self, ranked: list[LeafCheck], bad: list[LeafCheck]) -> str:
         count = len(self.leaves)
         if bad:
-            worst = bad[0]
-            title = f"The gradient is {_SAID[worst.verdict]} in `{worst.path}`"
-            others = sum(leaf.verdict in BAD for leaf in self.leaves) - 1
-            title += f" and {others} more of {count} leaves" if others else ""
-        elif not self.ok:
-            title = "The gradient is right, and a rule's forward part is not"
-        else:
-            title = f"The gradient is right in {_count(count, 'leaf', 'leaves')}"
+            where = f"`{bad[0].path}`"
+            if len(bad) > 1:
+                where += f" and {len(bad) - 1} more of {count} leaves"
+            same = {leaf.verdict for leaf in bad} == {bad[0].verdict}
+            return f"The gradient is {_SAID[bad[0].verdict]} in {where}" + (
+                "" if same else " (see below)"
+            )
+        if not self.ok:
+            return "The gradient is right, and something else is not: see below"
+        title = f"The gradient is right in {'its leaf' if count == 1 else 'all leaves'}"
+        for verdict in ("imprecise", "kink"):
+            some = [leaf.path for leaf in ranked if leaf.verdict == verdict]
+            if some:
+                more = f" and {len(some) - 1} more" if len(some) > 1 else ""
+                title += f"; {_SAID[verdict]} in `{some[0]}`{more}"
+        return title
+
+    def _leaves(self, ranked: list[LeafCheck], bad: list[LeafCheck]) -> Table:
         shown = ranked[:_ROWS]
         rows = [
             [
@@ -201,18 +211,20 @@ class GradientCheck(Report):
             f"{self.seconds:.2f} s.{forward}"
         )
         return Table(
-            title,
+            self._title(ranked, bad),
             ["leaf", "array", "verdict", ">relative error", ">digits"],
             rows,
             "\n".join([*texts[:_ENTRIES], note]),
         )
 
 
-_SAID = {"wrong": "wrong", "nonfinite": "not finite", "undecided": "undecided"}
-
-
-def _count(count: int, one: str, many: str) -> str:
-    return f"its {one}" if count == 1 else f"all {count} {many}"
+_SAID = {
+    "imprecise": "imprecise",
+    "kink": "on a kink",
+    "wrong": "wrong",
+    "nonfinite": "not finite",
+    "undecided": "undecided",
+}
 
 
 def _entries(leaf: LeafCheck) -> Table:

@@ -33,6 +33,9 @@ _FINE = 1e-6
 # normal number: below this share of r = 1e-4 in one case of 10,000. Where the slope's
 # error is larger, two directions are needed to see it as surely.
 _SURE = 1e-8
+# The slope of what doesn't change is zero, give or take this share of the loss: a
+# thousand roundings of it over a step of 1e-4.
+_FAINT = 1e-8
 # Up to here each entry of a leaf is measured, in a few batches.
 _SMALL_LEAF = 64
 _SHOWN = 16
@@ -317,16 +320,17 @@ class Judge:
         """Whether a gradient is zero up to rounding, and so the loss's values say.
 
         Such as that of a bias before a batch norm. Moved by a hundred roundings, a
-        gradient that is nothing but rounding becomes another; a small one stays.
+        gradient that is nothing but rounding becomes another; a small one stays. One so
+        small that the loss would not change by a rounding is zero for all that shows.
         """
-        faint = 1e-8 * abs(self.reference.here)
-        if abs(m.slope.value) > m.slope.error or m.slope.error > faint:
+        scale = self.reference.scale
+        if abs(m.slope.value) > m.slope.error or m.slope.error > _FAINT * scale:
             return False
         claimed = self.claim.tested[number]
-        if not claimed.any():
+        if m.norm <= max(m.noise, np.finfo(np.float64).eps * scale):
             return True
         if self.claim.nudged is None:
-            return bool(m.norm <= m.noise)
+            return False
         change = claimed - self.claim.nudged()[number]
         return bool(np.linalg.norm(claimed) <= 10 * np.linalg.norm(change))
 
@@ -482,7 +486,7 @@ class Judge:
             if np.linalg.norm(whole) > self.rtol * size + bar:
                 wrong = (error > bars + noise + self.rtol * np.abs(value)) & ~settled
             elif not bars[~settled].max(initial=0.0) <= max(
-                self.rtol * size, (size == 0) * 1e-8 * abs(self.reference.here)
+                self.rtol * size, (size == 0) * _FAINT * self.reference.scale
             ):
                 return replace(
                     row,
@@ -617,6 +621,8 @@ class Judge:
         eps = float(jnp.finfo(row.dtype).eps)
         error = _ratio(np.linalg.norm(native - claimed), np.linalg.norm(claimed))
         digits = min(-np.log10(max(error, 1e-17)), -np.log10(eps) + 1)
+        if row.verdict == "wrong" and row.relative_error:
+            digits = min(digits, -np.log10(row.relative_error))
         row = replace(row, digits=float(max(digits, 0.0)))
         if row.verdict == "right" and error > eps**0.5:
             text = (
