@@ -186,6 +186,8 @@ class Slope:
       ahead, behind: the one-sided derivatives, of $f(h)$ for $h > 0$ and $h < 0$.
       kink: whether they differ in the limit.
       rounding: the rounding error of the values.
+      others: what some steps say that contradicts `value`, each with its error: where
+        the loss changes in stairs or waves, it's open which of them is the slope.
     """
 
     value: float
@@ -194,6 +196,14 @@ class Slope:
     behind: float
     kink: bool
     rounding: float = 0.0
+    others: tuple[tuple[float, float], ...] = ()
+
+    def over(self, length: float) -> Slope:
+        """The derivative along a direction that is shorter by a factor."""
+        value, error = self.value / length, self.error / length
+        ahead, behind = self.ahead / length, self.behind / length
+        others = tuple((v / length, e / length) for v, e in self.others)
+        return Slope(value, error, ahead, behind, self.kink, self.rounding, others)
 
 
 LADDER = tuple(0.16 * 4.0**-j for j in range(16))
@@ -241,41 +251,51 @@ def slope_of(
         lost = rounding + np.where((ahead == 0) & (behind == 0), quantum, 0.0)
         # The parts in h, h**2 go out of one-sided slopes, that in h**2 out of central
         # ones. Before, there may be less error where the loss bends at every step.
-        value, error = _best([central, _without(central, 16)], h, lost)
+        middles, bars = _windows([central, _without(central, 16)], h, lost)
+        value, error = _best(middles, bars)
+        others = tuple(
+            (float(v), float(e))
+            for v, e in zip(middles, bars, strict=True)
+            if e <= 0.1 * abs(v) and abs(v - value) > e + error
+        )
         sides = []
         for slopes in (ahead / h, -behind / h):
             once = _without(slopes, 4)
-            sides.append(_best([once, _without(once, 16)], h, lost))
+            sides.append(_best(*_windows([once, _without(once, 16)], h, lost)))
         kink = _is_kink(_without(ahead / h + behind / h, 4), lost[1:] / h[1:])
         if not math.isfinite(error):  # at the edge of a domain: the side inside of it
             value, error = min(sides, key=lambda side: side[1])
     if kink:
         value = (sides[0][0] + sides[1][0]) / 2
         error = max(sides[0][1], sides[1][1])
-    return Slope(value, error, sides[0][0], sides[1][0], kink, rounding)
+    return Slope(value, error, sides[0][0], sides[1][0], kink, rounding, others)
 
 
 def _without(row: np.ndarray, factor: int) -> np.ndarray:
     """Extrapolates: without the part that falls by `factor` from one step to the next."""
-    return (factor * row[1:] - row[:-1]) / (factor - 1)
+    return np.asarray((factor * row[1:] - row[:-1]) / (factor - 1))
 
 
-def _best(
+def _windows(
     rows: Sequence[np.ndarray], steps: np.ndarray, rounding: np.ndarray
-) -> tuple[float, float]:
-    """The middle of the three neighbours that agree best, and what it may be off by."""
-    value, error = math.nan, math.inf
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of any three neighbours: the middle one, and what it may be off by."""
+    middles, bars = [], []
     for row in rows:
         if len(row) < 3:
             continue
-        windows = np.lib.stride_tricks.sliding_window_view(row, 3)
-        finest = (rounding / steps)[len(steps) - len(windows) :]
-        bars = _SAFETY * (np.ptp(windows, axis=1) + finest)
-        bars[~np.isfinite(bars)] = math.inf
-        best = int(np.argmin(bars))
-        if bars[best] < error:
-            value, error = float(windows[best, 1]), float(bars[best])
-    return value, error
+        three = np.lib.stride_tricks.sliding_window_view(row, 3)
+        finest = (rounding / steps)[len(steps) - len(three) :]
+        middles.append(three[:, 1])
+        bars.append(_SAFETY * (three.max(1) - three.min(1) + finest))
+    return np.concatenate(middles), np.concatenate(bars)
+
+
+def _best(middles: np.ndarray, bars: np.ndarray) -> tuple[float, float]:
+    """The estimate whose neighbours agree best, and what it may be off by."""
+    bars = np.where(np.isfinite(middles) & np.isfinite(bars), bars, math.inf)
+    best = int(np.argmin(bars))
+    return float(middles[best]), float(bars[best])
 
 
 def _is_kink(gaps: np.ndarray, noise: np.ndarray) -> bool:

@@ -141,13 +141,13 @@ def evaluate(
     """
     jaxpr = closed.jaxpr
     seen = {} if seen is None else seen
-    environment = dict(zip(jaxpr.invars, values, strict=True))
+    environment: dict[Any, Value] = dict(zip(jaxpr.invars, values, strict=True))
     for variable, const in zip(jaxpr.constvars, closed.consts, strict=True):
         environment[variable] = still(const)
 
     def read(atom: Any) -> Value:
         if isinstance(atom, jax.extend.core.Literal):
-            return still(np.asarray(atom.val, atom.aval.dtype))
+            return still(literal(atom))
         return environment[atom]
 
     for number, eqn in enumerate(jaxpr.eqns):
@@ -156,6 +156,11 @@ def evaluate(
         outputs = step_of(eqn, inputs, here, seen)
         environment.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def literal(atom: Any) -> np.ndarray:
+    """A literal's number, in its own dtype."""
+    return np.asarray(atom.val, atom.aval.dtype)
 
 
 def still(value: Any) -> Value:
@@ -170,7 +175,7 @@ def step_of(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value
         return []
     if not any(value.moves for value in inputs):
         return [still(out) for out in bind(eqn, [value.now for value in inputs])]
-    if name in _OPAQUE:
+    if name in _OPAQUE and walk.wide:
         raise Opaque(
             f"`{name}` at {source_of(eqn, *reversed(walk.callers))} can't be evaluated "
             "anew in float64. Pass "
@@ -213,7 +218,9 @@ def promote(value: Value, walk: Walk, moves: bool = True) -> Value:
     return replace(value, now=wider(value.now), held=wider(value.held), moves=True)
 
 
-def _both(function: Callable[..., Any], inputs: Sequence[Value], walk: Walk) -> Any:
+def _both(
+    function: Callable[..., Any], inputs: Sequence[Value], walk: Walk
+) -> list[Value]:
     """A function of arrays, applied to the displaced values and to the held ones."""
     now = function([value.now for value in inputs])
     held = function([value.held for value in inputs]) if walk.pairs else now
@@ -316,7 +323,7 @@ def _wide_param(value: Any) -> Any:
 
     closed = jax.make_jaxpr(function)(
         *(
-            jax.ShapeDtypeStruct(variable.aval.shape, _wide_dtype(variable.aval.dtype))
+            jnp.zeros(variable.aval.shape, _wide_dtype(variable.aval.dtype))
             for variable in _closed(value).jaxpr.invars
         )
     )
@@ -539,11 +546,14 @@ def _while(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
             ]
         return count + 1, after
 
-    count, carry = lax.while_loop(goes_on, step, (jnp.int32(0), carry))
+    last: tuple[Any, list[Value]]
+    last = lax.while_loop(goes_on, step, (jnp.int32(0), carry))
+    count, carry = last
     if not (walk.run_on and going(carry).moves):
         return carry
     more = jnp.minimum(walk.run_on * count, _MOST_STEPS)
-    return lax.fori_loop(0, more, lambda _, carry: body(carry), carry)
+    carry = lax.fori_loop(0, more, lambda _, carry: body(carry), carry)
+    return carry
 
 
 # A loop that is run on to convergence takes no more steps than this.

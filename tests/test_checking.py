@@ -478,22 +478,25 @@ def test_a_forgotten_regulariser():
 # The other verdicts
 
 
+def cancelling_variance(x):
+    return jnp.mean(x**2) - jnp.mean(x) ** 2
+
+
 def test_imprecise():
-    x = 1e4 + draw(0, 20)
-
-    def variance(x):  # cancels in float32
-        return jnp.mean(x**2) - jnp.mean(x) ** 2
-
-    check = check_gradient(variance, x)
+    check = check_gradient(cancelling_variance, 1e4 + draw(0, 20))
     (leaf,) = check.leaves
     assert (check.ok, leaf.verdict) == (True, "imprecise")
     assert leaf.relative_error < 1e-4
     assert leaf.digits < 3.5
     assert "digits" in leaf.text
     assert "float32" in leaf.text
-    assert "test_checking.py, line" in leaf.text  # where they are lost
     exact = check_gradient(lambda x: jnp.var(x), draw(0, 20))
     assert verdicts(exact) == {"params": "right"}
+
+
+def test_where_digits_are_lost():
+    check = check_gradient(cancelling_variance, 1e4 + draw(0, 20))
+    assert "test_checking.py, line" in str(check)
 
 
 def test_kink():
@@ -563,14 +566,20 @@ POINT = {"x": jnp.array([1.3]), "y": jnp.array([0.7])}
 
 
 def coarse(p):
-    """Float64 has too few digits for the values to show a slope along y."""
-    return p["x"][0] ** 2 + (p["y"][0] + 1e12) ** 2 * 1e-12 - 1e12
+    """Jumps along y wherever a bit of it does, so that no slope shows."""
+    bits = jax.lax.bitcast_convert_type(p["y"][0], jnp.int32)
+    return p["x"][0] ** 2 + p["y"][0] + jnp.sin(1e3 * (bits % 1000))
 
 
 @pytest.mark.parametrize("frequency", [1e8, 1e12])
 def test_a_wave_shorter_than_any_step_is_not_wrong(frequency):
     check = check_gradient(lambda p: jnp.sin(frequency * p), 0.7)
     assert verdicts(check) == {"params": "undecided"}
+
+
+def test_a_step_that_rounding_swallows_shows_no_slope_of_zero():
+    check = check_gradient(lambda p: jnp.sin(p + 1e12), 0.7)
+    assert check.leaves[0].verdict in ("undecided", "imprecise")
 
 
 def test_a_gradient_of_zero_and_an_empty_leaf():
@@ -824,6 +833,8 @@ def test_no_output_hides_behind_another():
     rule = with_rule(jnp.sin, lambda g: g.at[4].multiply(1.01))
     check = check_gradient(lambda p: (jnp.cos(p), rule(p)), X[0])
     assert verdicts(check) == {"params": "wrong"}
+    softmax = with_rule(lambda x: jax.nn.softmax(x), halved)  # of sum 1
+    assert verdicts(check_gradient(softmax, X[0])) == {"params": "wrong"}
 
 
 def test_forward_mode():
@@ -1253,9 +1264,9 @@ A = {"a": jnp.ones(3), "n": jnp.arange(3)}
 REFUSED = {
     "no floats": (
         lambda: check_gradient(loss_of_a, {"n": A["n"]}),
-        (TypeError, r"no array of floats[^.]*\. It holds `n` \(integer\)"),
+        (TypeError, r"no array of floats.*`n` is integer"),
     ),
-    "no leaves": (lambda: check_gradient(loss_of_a, {}), (TypeError, "no array of")),
+    "no leaves": (lambda: check_gradient(loss_of_a, {}), (TypeError, "has no leaves")),
     "complex": (
         lambda: check_gradient(loss_of_a, {"a": jnp.ones(3, jnp.complex64)}),
         (TypeError, "`a` has dtype complex64"),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.checking.problem import Problem, Program, as_numpy, on_host
-from jaxgrad.equations import Taps, Value, Walk, bind, evaluate, still, wider
+from jaxgrad.equations import Taps, Value, Walk, bind, evaluate, literal, still, wider
 
 
 def without_rules(problem: Problem, pulls: Taps, hold: int) -> list[np.ndarray] | None:
@@ -38,7 +38,9 @@ def _inlined(
     return evaluate(closed, [*moving, *map(still, fixed)], walk)[0].now
 
 
-def _run(problem: Problem, function: Callable[..., Any], pulls: Taps) -> Any:
+def _run(
+    problem: Problem, function: Callable[..., Any], pulls: Taps
+) -> list[np.ndarray]:
     with jax.enable_x64(True):
         values = [wider(x) for x in problem.values]
         operands = on_host((values, problem.fixed, problem.loss.consts, pulls))
@@ -93,12 +95,12 @@ def _terms(closed: Any, values: list[Any]) -> tuple[list[str], list[Any]]:
     """What a scalar's last additions add up, as scalars with labels."""
     environment = dict(zip(closed.jaxpr.invars, values, strict=True))
     environment |= dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    makers = {}
+    makers: dict[Any, Any] = {}
     moving = set(closed.jaxpr.invars)
 
     def read(atom: Any) -> Any:
         if isinstance(atom, jax.extend.core.Literal):
-            return np.asarray(atom.val, atom.aval.dtype)
+            return literal(atom)
         return environment[atom]
 
     def moves(atom: Any) -> bool:

@@ -16,6 +16,7 @@ from jaxgrad.equations import (
     Value,
     Walk,
     inlined,
+    literal,
     source_of,
     step_of,
     still,
@@ -62,16 +63,16 @@ def _errors(
 
     `outputs` gets what the jaxpr gives, natively and in float64.
     """
-    environment = dict(
-        zip(closed.jaxpr.invars, zip(natively, widely, strict=True), strict=True)
+    pairs = zip(natively, widely, strict=True)
+    environment: dict[Any, tuple[Any, Value]] = dict(
+        zip(closed.jaxpr.invars, pairs, strict=True)
     )
     for variable, const in zip(closed.jaxpr.constvars, closed.consts, strict=True):
         environment[variable] = const, still(const)
 
     def read(atom: Any) -> tuple[Any, Value]:
         if isinstance(atom, jax.extend.core.Literal):
-            value = np.asarray(atom.val, atom.aval.dtype)
-            return value, still(value)
+            return literal(atom), still(literal(atom))
         return environment[atom]
 
     for eqn in closed.jaxpr.eqns:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxgrad.checking.measuring import ROUNDING, Measuring
 from jaxgrad.checking.reference import Probe
-from jaxgrad.differences import Slope
 
 
 class Located(NamedTuple):
@@ -26,14 +26,17 @@ class Located(NamedTuple):
 # More groups than this with an error in each: the error is everywhere.
 _MANY = 32
 _PARTS = 4
+# A group is followed if its error stands out of the other groups' by this factor: noise
+# in the gradient is spread, and has about one size in groups of one size.
+_STANDS_OUT = 30
 
 
 def locate(
-    slopes_of: Callable[[list[Probe]], list[Slope]],
+    measuring: Measuring,
     leaf: int,
     claimed: np.ndarray,
     direction: np.ndarray,
-    rounding: float,
+    rtol: float,
 ) -> Located:
     """Splits the entries into ever smaller groups, and follows those that disagree.
 
@@ -45,41 +48,51 @@ def locate(
         parts = [
             part
             for group in groups
-            for part in np.array_split(group, _PARTS)
-            if len(part)
+            for part in np.array_split(group, min(_PARTS, len(group)))
         ]
-        groups = _disagreeing(
-            slopes_of, leaf, flat, move, claimed.shape, parts, rounding
-        )
+        beyond, norms = _beyond(measuring, leaf, flat, move, claimed.shape, parts)
+        shares = beyond / np.where(norms > 0, norms, 1)
+        noise = _STANDS_OUT * np.sort(shares)[(len(shares) - 1) // 4]
+        noise = min(noise, rtol)  # more is no noise
+        wrong = np.flatnonzero((beyond > 0) & (shares > noise))
+        if not len(wrong):
+            wrong = np.array([np.argmax(shares)])
+        groups = [parts[k] for k in wrong]
         if len(groups) > _MANY:
             rng = np.random.default_rng(0)
-            some = [int(rng.choice(group)) for group in groups]
             largest = [int(group[np.argmax(np.abs(flat[group]))]) for group in groups]
-            return Located(list(dict.fromkeys([*largest, *some])), spread=True)
-        if not groups:
-            return Located([], spread=True)
+            some = [int(rng.choice(group)) for group in groups]
+            both = [place for pair in zip(largest, some, strict=True) for place in pair]
+            return Located(list(dict.fromkeys(both)), spread=True)
     return Located([int(group[0]) for group in groups], spread=False)
 
 
-def _disagreeing(
-    slopes_of: Callable[[list[Probe]], list[Slope]],
+def _beyond(
+    measuring: Measuring,
     leaf: int,
     claimed: np.ndarray,
     move: np.ndarray,
     shape: tuple[int, ...],
     parts: list[np.ndarray],
-    rounding: float,
-) -> list[np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
+    """By how much each group disagrees beyond its error bar, and its gradient's size."""
+
     def direction(part: np.ndarray) -> np.ndarray:
         some = np.zeros(move.size)
         some[part] = move[part]
         return some.reshape(shape)
 
-    probes = [Probe(leaf, lambda part=part: direction(part)) for part in parts]
-    wrong = []
-    for part, slope in zip(parts, slopes_of(probes), strict=True):
+    probes = [Probe(leaf, functools.partial(direction, part)) for part in parts]
+    slopes = measuring.reference.slopes(probes, hold=measuring.hold)
+    beyond, norms = [], []
+    for part, slope in zip(parts, slopes, strict=True):
         products = claimed[part] * move[part]
-        bar = slope.error + rounding * float(np.linalg.norm(products))
-        if abs(products.sum() - slope.value) > bar or slope.kink:
-            wrong.append(part)
-    return wrong
+        norms.append(float(np.linalg.norm(products)))
+        bar = slope.error + ROUNDING * norms[-1]
+        if slope.kink:
+            low, high = sorted((slope.ahead, slope.behind))
+            gap = max(low - products.sum(), products.sum() - high, high - low)
+        else:
+            gap = abs(products.sum() - slope.value)
+        beyond.append(max(gap - bar, 0.0))
+    return np.array(beyond), np.array(norms)

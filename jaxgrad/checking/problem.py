@@ -44,8 +44,8 @@ from jaxgrad.pytrees import (
 )
 
 # What makes XLA compile a small program three to five times as fast.
-_QUICK = {
-    "xla_backend_optimization_level": 0,
+_QUICK: dict[str, str | bool] = {
+    "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
 }
@@ -70,6 +70,7 @@ class Problem:
       pulls: the equations of the cotangents of those, from `[*values, *fixed, *taps]`;
         `None` where no rule is trusted.
       trusted: says of a custom rule's place whether it's meant to differ.
+      retrace: makes `loss` once more, from the function itself.
     """
 
     names: tuple[str, ...]
@@ -81,6 +82,7 @@ class Problem:
     taps: Taps
     pulls: Any
     trusted: Callable[[Place], bool]
+    retrace: Callable[[], Any]
 
     @cached_property
     def size(self) -> int:
@@ -104,7 +106,8 @@ class Program:
     """
 
     def __init__(self, function: Callable[..., Any], size: int, *operands: Any) -> None:
-        self._lowered = jax.jit(function).lower(*operands)
+        with jax.disable_jit(False):  # whatever the user's setting
+            self._lowered = jax.jit(function).lower(*operands)
         self._small = size < _SMALL and jax.default_backend() == "cpu"
         self._run: Any = None
 
@@ -117,6 +120,7 @@ class Program:
             self._run = self._lowered.compile()
 
     def __call__(self, *operands: Any) -> Any:
+        """Runs it."""
         self.compile()
         return self._run(*operands)
 
@@ -138,10 +142,12 @@ class Operands:
 
     @property
     def values(self) -> list[Any]:
+        """The leaves to differentiate."""
         return [self.arrays[place] for place in self.chosen]
 
     @property
     def fixed(self) -> list[Any]:
+        """The other arrays."""
         places = set(self.chosen)
         return [x for place, x in enumerate(self.arrays) if place not in places]
 
@@ -278,8 +284,15 @@ def equations_of(
     trust: Sequence[Callable[..., Any]] = (),
     reverse: bool = True,
 ) -> Problem:
-    """Traces a scalar function of `(values, fixed)`, its gradient and its tangent."""
-    loss = jax.make_jaxpr(function)(values, fixed)
+    """Traces a scalar function of `(values, fixed)`, its gradient and its tangent.
+
+    With `reverse=False` the function needn't have a gradient.
+    """
+
+    def trace() -> Any:
+        return jax.make_jaxpr(lambda *both: function(*both))(values, fixed)
+
+    loss = trace()
     trusted = trust_of(trust, loss)
     taps = taps_of(loss, trusted) if trust else {}
 
@@ -294,13 +307,15 @@ def equations_of(
         return value, pull(cotangent)
 
     gradient = pulls = None
-    if reverse:
-        one = jax.ShapeDtypeStruct((), loss.out_avals[0].dtype)
+    one = np.ones((), loss.out_avals[0].dtype)
+    with contextlib.suppress(*(() if reverse else (Exception,))):
         gradient = jax.make_jaxpr(backward)(values, fixed, one)
     if taps:
         pulls = jax.make_jaxpr(jax.grad(tapped, argnums=2))(values, fixed, taps)
     forward = None if trust else _forward_equations(function, loss, values, fixed)
-    return Problem(names, values, fixed, loss, gradient, forward, taps, pulls, trusted)
+    return Problem(
+        names, values, fixed, loss, gradient, forward, taps, pulls, trusted, trace
+    )
 
 
 def _forward_equations(
@@ -348,8 +363,14 @@ class NativeGradient:
         self.program = Program(run, problem.size, *self._operands)
 
     def __call__(self) -> Gradients:
+        """The gradient."""
         value, *leaves = self.program(*self._operands)
         return Gradients(float(value), [as_numpy(x) for x in leaves], None, {})
+
+
+def epsilon(dtype: Any) -> float:
+    """The rounding error of a dtype: the gap between 1 and the next number."""
+    return float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
 
 
 def as_numpy(array: Any) -> np.ndarray:

@@ -45,7 +45,7 @@ _TOGETHER = 16_000_000
 _LONGER = 30
 # Steps that are tried first: they do for smooth losses and for relu nets. Fewer where an
 # evaluation takes long.
-_STEPS, _FEW_STEPS = slice(3, 10), slice(4, 8)
+_STEPS, _FEW_STEPS = slice(3, 10), slice(6, 10)
 
 
 def _largest(sizes: np.ndarray) -> float:
@@ -90,7 +90,7 @@ class Reference:
         walk = Walk(pairs=True, run_on=run_on, notes=self.notes)
         loss = problem.loss.jaxpr
 
-        def at(
+        def changed(
             point: Any,
             fixed: Any,
             consts: Any,
@@ -121,37 +121,49 @@ class Reference:
             # A direction that moves nothing in a leaf, made once.
             self._still = [jnp.zeros(x.shape, jnp.float64) for x in self._point]
         sizes = sum(int(np.prod(x.shape)) for x in problem.values) + problem.size
-        self._at_once = 2 * len(LADDER) * sizes <= _TOGETHER
-        chosen = _STEPS if self._at_once else _FEW_STEPS
-        self._first, self._rest = (
-            LADDER[chosen],
-            [h for h in LADDER if h not in LADDER[chosen]],
-        )
-        self._width = 2 * len(self._first) + 1
-        self._probes = 1
-        if self._at_once:
-            self._probes = max(min(_TOGETHER // (self._width * sizes), 8), 1)
-            steps = jax.vmap(at, (None, None, None, None, None, 0, None))
-            program = jax.vmap(steps, (None, None, None, None, 0, None, 0))
-        else:
-            # One after another; what the point itself gives is computed once.
-            def program(*operands: Any) -> Any:
-                *point, steps, hold = operands
-                return jax.lax.map(lambda h: at(*point, h, hold), steps)
-
+        self._sizes = sizes
         self._here: float | None = None
-        with jax.enable_x64(True):
-            self.program = Program(program, problem.size, *self._operands([], [0.0], 1))
+        self._plan(at_once=2 * len(LADDER) * sizes <= _TOGETHER)
+        try:
+            self.program = self._program(changed)
+        except NotImplementedError:  # something in the loss can't be batched
+            self._plan(at_once=False)
+            self.program = self._program(changed)
         if self.notes:
             self.coarse = True
             self._first = [h * _LONGER for h in self._first]
             self._rest = [h * _LONGER for h in self._rest]
 
+    def _plan(self, at_once: bool) -> None:
+        """How many directions and steps are evaluated together."""
+        chosen = _STEPS if at_once else _FEW_STEPS
+        self._at_once = at_once
+        self._first = list(LADDER[chosen])
+        self._rest = [h for h in LADDER if h not in self._first]
+        self._width = 2 * len(self._first) + 1
+        most = min(_TOGETHER // (self._width * self._sizes), 8)
+        self._probes = max(most, 1) if at_once else 1
+
+    def _program(self, changed: Callable[..., Any]) -> Program:
+        """Compiles many directions and steps at once, or one step after another."""
+
+        def stepwise(*operands: Any) -> Any:
+            *point, steps, hold = operands  # what the point gives is computed once
+            return jax.lax.map(lambda h: changed(*point, h, hold), steps)
+
+        steps = jax.vmap(changed, (None, None, None, None, None, 0, None))
+        together = jax.vmap(steps, (None, None, None, None, 0, None, 0))
+        with jax.enable_x64(True):
+            operands = self._operands([], [0.0], 1)
+            function = together if self._at_once else stepwise
+            return Program(function, self.problem.size, *operands)
+
     @property
     def here(self) -> float:
         """The loss at the point, in float64."""
         if self._here is None:
-            self._values([Probe(0, lambda: np.zeros(()))], [LADDER[-1]], 1)
+            nowhere = Probe(0, lambda: np.zeros(()))
+            self._values([nowhere], [LADDER[-1]], 1)
         assert self._here is not None
         return self._here
 
@@ -206,26 +218,23 @@ class Reference:
             return [np.zeros((2, 3, 0))] * len(probes)
         most = (self._width - 1) // 2
         if len(steps) > most:
-            some = self._values(probes, steps[:most], hold)
-            rest = self._values(probes, steps[most:], hold)
-            return [
-                np.concatenate(pair, axis=2) for pair in zip(some, rest, strict=True)
-            ]
+            both = (self._values(probes, s, hold) for s in (steps[:most], steps[most:]))
+            return [np.concatenate(pair, axis=2) for pair in zip(*both, strict=True)]
         count = 2 * len(probes) * len(steps)
         if self._budget is not None and self.evaluations + count > self._budget:
             raise OutOfBudget
         self.evaluations += count
-        both = [*steps, *(-h for h in steps)]
+        signed = [*steps, *(-h for h in steps)]
         rows = []
         with jax.enable_x64(True):
             for start in range(0, len(probes), self._probes):
                 some = probes[start : start + self._probes]
-                got = self.program(*self._operands(some, both, hold))
+                got = self.program(*self._operands(some, signed, hold))
                 by, moved, size, here = (np.atleast_2d(np.asarray(x)) for x in got)
                 by = by - by[:, -1:]  # by which two compiled copies of it differ
                 self._here = float(here[0, 0])
                 for row in np.stack([by, moved, size], axis=1)[: len(some)]:
-                    parts = row[:, : len(steps)], row[:, len(steps) : len(both)]
+                    parts = row[:, : len(steps)], row[:, len(steps) : len(signed)]
                     rows.append(np.stack(parts))
         return rows
 
@@ -252,38 +261,50 @@ class Reference:
 # Entries of a leaf whose sizes are further apart than this are displaced apart from each
 # other: a step in proportion to each entry's size would show the small ones too faintly.
 _DECADES = 4
+_ZERO = 127  # the group of the zeros
 
 
-def scales_of(leaf: np.ndarray) -> list[list[np.ndarray]]:
+Scale = Callable[[], np.ndarray]
+
+
+def scales_of(leaf: np.ndarray) -> list[list[Scale]]:
     """Groups of a leaf's entries, of about one size, each with the scales to try.
 
     A step is in proportion to each entry's size, since that is the best guess at the
     scale on which the loss changes; for a zero, and for what is tiny beside the rest,
-    the leaf's typical size is tried too.
+    the leaf's typical size is tried too. A scale is 0 at the other groups' entries.
     """
-    size = np.abs(leaf)
-    largest = size.max(initial=0.0)
+    largest = np.abs(leaf).max(initial=0.0)
     if largest == 0:
-        return [[np.ones_like(size)]]
-    typical = float(np.sqrt(np.mean(size[size > 0] ** 2)))
+        return [[lambda: np.ones_like(leaf)]]
     with np.errstate(divide="ignore"):
-        decade = np.floor((np.log10(largest) - np.log10(size)) / _DECADES)
-    groups = []
-    for number in np.unique(decade):
-        mask = decade == number
-        own = np.where(mask, size, 0.0)
-        if number == 0:
-            groups.append([own])
-        elif np.isinf(number):
-            both = [typical] if 0.1 < typical < 10 else [typical, 1.0]
-            groups.append([mask * scale for scale in both])
+        decades = (np.log10(largest) - np.log10(np.abs(leaf))) / _DECADES
+    group = np.minimum(decades, _ZERO).astype(np.int8)
+    typical = float(np.sqrt(np.mean(np.square(leaf[leaf != 0]))))
+
+    def own(number: int) -> Scale:
+        return lambda: np.where(group == number, np.abs(leaf), 0.0)
+
+    def same(number: int, scale: float) -> Scale:
+        return lambda: (group == number) * scale
+
+    groups: list[list[Scale]] = []
+    for number in map(int, np.unique(group)):
+        if number == _ZERO:
+            sizes = [typical] if 0.1 < typical < 10 else [typical, 1.0]
+            groups.append([same(number, size) for size in sizes])
+        elif number == 0:
+            groups.append([own(number)])
         else:
-            groups.append([own, mask * typical])
+            groups.append([own(number), same(number, typical)])
     return groups
 
 
-def random_direction(
-    scale: np.ndarray, seed: tuple[int, ...]
-) -> Callable[[], np.ndarray]:
+def random_direction(scale: Scale, seed: tuple[int, ...]) -> Scale:
     """A direction of random signs and sizes, in proportion to a scale."""
-    return lambda: spread(np.random.default_rng(seed), scale.shape) * scale
+
+    def direction() -> np.ndarray:
+        sizes = scale()
+        return spread(np.random.default_rng(seed), sizes.shape) * sizes
+
+    return direction

@@ -166,7 +166,11 @@ class GradientCheck(Report):
                 "" if same else " (see below)"
             )
         if not self.ok:
-            return "The gradient is right, and something else is not: see below"
+            if any(finding.kind == "value" for finding in self.findings):
+                return "The loss has another value than it should: see below"
+            if any(rule.verdict == "wrong" for rule in self.rules):
+                return "The gradient is right; a custom rule is not"
+            return "The gradient is right; its second order is not"
         title = f"The gradient is right in {'its leaf' if count == 1 else 'all leaves'}"
         for verdict in ("imprecise", "kink"):
             some = [leaf.path for leaf in ranked if leaf.verdict == verdict]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.checking.problem import Problem, Program, equations_of, project
-from jaxgrad.checking.report import LeafCheck, RuleCheck, Verdict
+from jaxgrad.checking.problem import Problem, Program, equations_of, on_host, project
+from jaxgrad.checking.report import BAD, LeafCheck, RuleCheck, Verdict
 from jaxgrad.equations import (
     Path,
     Place,
@@ -21,22 +22,23 @@ from jaxgrad.equations import (
     rule_place,
     rule_sites,
     still,
+    wider,
 )
 
-# A rule is checked at so many of the places that call it, and iterations of a loop.
+# A rule is checked at so many of the places that call it, and iterations of a loop; at
+# more, of all together, only if these show nothing.
 _CALLS = 3
+_MORE_CALLS = 32
+_MORE_ITERATIONS = 64
 
-Judged = tuple[Sequence[LeafCheck], tuple[float, float] | None]
+Judge = Callable[[Problem], Sequence[LeafCheck]]
 
 
-def check_rules(
-    problem: Problem, judge: Callable[[Problem], Judged], seed: int
-) -> list[RuleCheck]:
+def check_rules(problem: Problem, judge: Judge, seed: int) -> list[RuleCheck]:
     """The verdict on each custom rule that the parameters go through.
 
-    `judge` gives the verdict on each leaf of a problem, and, where they differ, the
-    value of the function and the one that its gradient's forward part returns. The
-    rules of libraries are checked only where none of the user's is wrong.
+    `judge` gives the verdict on each leaf of a problem. The rules of libraries are
+    checked only where none of the user's is wrong.
     """
     sites = rule_sites(problem.loss, nested=True)
     seen, moving = _seen(problem)
@@ -45,24 +47,36 @@ def check_rules(
         if any(moving.get(path, [])):
             calls.setdefault(rule_place(sites[path][0]), []).append(path)
 
-    def checked(places: Iterable[Place]) -> list[RuleCheck]:
-        rows = []
-        for place in places:
-            if problem.trusted(place):
-                text = "trusted, as asked"
-                rows.append(RuleCheck(*place, "right", None, None, None, text))
-                continue
-            some = [
-                call
-                for path in calls[place][:_CALLS]
-                for call in _calls(sites[path][0], *seen[path], moving[path])
-            ]
-            rows.append(_check(place, some, judge, seed))
-        return rows
+    def checked(place: Place, paths: Sequence[Path], stacked: bool) -> RuleCheck:
+        if problem.trusted(place):
+            return RuleCheck(*place, "right", None, None, None, "trusted, as asked")
+        some = [
+            call
+            for path in paths
+            for call in _calls(
+                sites[path][0], seen[path][0], seen[path][1], moving[path], stacked
+            )
+        ]
+        return _check(place, some, judge, seed)
 
-    rows = checked(place for place in calls if not in_library(place.file))
+    def all_of(places: list[Place]) -> list[RuleCheck]:
+        rows = [checked(place, calls[place][:_CALLS], False) for place in places]
+        if any(row.verdict == "wrong" for row in rows):
+            return rows
+        return [
+            checked(place, calls[place][:_MORE_CALLS], True)
+            if _has_more(place)
+            else row
+            for place, row in zip(places, rows, strict=True)
+        ]
+
+    def _has_more(place: Place) -> bool:
+        paths = calls[place]
+        return len(paths) > _CALLS or any(np.size(seen[p][0]) > _CALLS for p in paths)
+
+    rows = all_of([place for place in calls if not in_library(place.file)])
     if not any(row.verdict == "wrong" for row in rows):
-        rows += checked(place for place in calls if in_library(place.file))
+        rows += all_of([place for place in calls if in_library(place.file)])
     return rows
 
 
@@ -83,19 +97,28 @@ def _seen(problem: Problem) -> tuple[dict[Path, Any], dict[Path, list[bool]]]:
 
 
 class _Call:
-    """One call of a rule: its inputs, with those that are differentiated set apart."""
+    """A call of a rule, or several: the inputs that are differentiated set apart."""
 
-    def __init__(self, eqn: Any, inputs: list[Any], moving: list[bool]) -> None:
+    def __init__(
+        self, eqn: Any, inputs: list[Any], moving: list[bool], stacked: bool
+    ) -> None:
         self.eqn = eqn
+        self.stacked = stacked
         self.chosen = [
             k
             for k, (x, m) in enumerate(zip(inputs, moving, strict=True))
-            if m and jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+            if m and jnp.issubdtype(x.dtype, jnp.floating)
         ]
         self.values = [inputs[k] for k in self.chosen]
         self.fixed = [x for k, x in enumerate(inputs) if k not in self.chosen]
 
     def outputs(self, values: Sequence[Any], fixed: Sequence[Any]) -> list[Any]:
+        """What the rule's function returns."""
+        if self.stacked:
+            return list(jax.lax.map(lambda both: self._once(*both), (values, fixed)))
+        return self._once(values, fixed)
+
+    def _once(self, values: Sequence[Any], fixed: Sequence[Any]) -> list[Any]:
         stock = iter(fixed)
         places = dict(zip(self.chosen, values, strict=True))
         count = len(values) + len(fixed)
@@ -104,56 +127,56 @@ class _Call:
         )
 
 
-def _calls(eqn: Any, ran: Any, inputs: list[Any], moving: list[bool]) -> list[_Call]:
+def _calls(
+    eqn: Any, ran: Any, inputs: list[Any], moving: list[bool], stacked: bool
+) -> list[_Call]:
     """The calls of one equation: some of the iterations of the loops it stands in."""
-    ran = np.asarray(ran)
-    places = np.argwhere(ran)
-    if len(places) > _CALLS:
-        places = places[np.linspace(0, len(places) - 1, _CALLS).astype(int)]
+    places = np.argwhere(np.asarray(ran))
+    most = _MORE_ITERATIONS if stacked else _CALLS
+    if len(places) > most:
+        places = places[np.linspace(0, len(places) - 1, most).astype(int)]
+    if not np.ndim(ran) or not len(places):
+        return [_Call(eqn, inputs, moving, stacked=False) for _ in places]
+    if stacked:
+        rows = [x[tuple(places.T)] for x in inputs]
+        return [_Call(eqn, rows, moving, stacked=True)]
     return [
-        _Call(eqn, [x[tuple(place)] if len(place) else x for x in inputs], moving)
+        _Call(eqn, [x[tuple(place)] for x in inputs], moving, stacked=False)
         for place in places
     ]
 
 
-def _check(
-    place: Place,
-    calls: list[_Call],
-    judge: Callable[[Problem], Judged],
-    seed: int,
-) -> RuleCheck:
-    rows = [_check_call(place, call, judge, seed) for call in calls]
-    if not rows:
-        return RuleCheck(*place, "right", None, None, None, "was not called here")
-    return min(rows, key=lambda row: row.verdict != "wrong")
+def _check(place: Place, calls: list[_Call], judge: Judge, seed: int) -> RuleCheck:
+    best = RuleCheck(*place, "right", None, None, None, "was not called here")
+    order: Sequence[Verdict] = ("wrong", "nonfinite", "undecided", "right")
+    for number, call in enumerate(calls):
+        try:
+            row = _check_call(place, call, judge, seed)
+        except Exception as error:  # of whatever kind: other rules are to be checked
+            text = f"{error}".partition("\n")[0]
+            row = RuleCheck(*place, "undecided", None, None, None, text)
+        if not number or order.index(row.verdict) < order.index(best.verdict):
+            best = row
+        if best.verdict == "wrong":
+            break
+    return best
 
 
-def _check_call(
-    place: Place, call: _Call, judge: Callable[[Problem], Judged], seed: int
-) -> RuleCheck:
+def _check_call(place: Place, call: _Call, judge: Judge, seed: int) -> RuleCheck:
     if not call.values:
         return RuleCheck(*place, "right", None, None, None, "has no floating operand")
-    names = tuple(f"operand {k}" for k in call.chosen)
+    text = _other_value(call)
+    if text:
+        return RuleCheck(*place, "wrong", None, None, None, text)
 
     def function(values: Sequence[Any], fixed: Sequence[Any]) -> Any:
         rng = np.random.default_rng(seed)
         out = call.outputs(values, fixed)
-        return sum(
-            project(x, rng)
-            for x in out
-            if jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
-        )
+        return sum(project(x, rng) for x in out if jnp.issubdtype(x.dtype, jnp.inexact))
 
-    problem = equations_of(names, call.values, call.fixed, function)
-    leaves, values = judge(problem)
-    if values:
-        text = (
-            "its forward part returns other values than the function: a projection of "
-            f"them is {values[1]:.8g}, the function's is {values[0]:.8g}"
-        )
-        return RuleCheck(*place, "wrong", None, None, None, text)
-    bad: Sequence[Verdict] = ("wrong", "nonfinite", "undecided")
-    for verdict in bad:
+    names = tuple(f"operand {k} of {place.function}" for k in call.chosen)
+    leaves = judge(equations_of(names, call.values, call.fixed, function))
+    for verdict in BAD:
         for operand, leaf in zip(call.chosen, leaves, strict=True):
             if leaf.verdict == verdict:
                 text = leaf.cause.text if leaf.cause else leaf.text
@@ -162,3 +185,39 @@ def _check_call(
                 )
     error = max((leaf.relative_error or 0.0 for leaf in leaves), default=0.0)
     return RuleCheck(*place, "right", None, error, None, "")
+
+
+# Values that differ by less than this share of themselves are the same in float32.
+_SAME = 1e-7
+
+
+def _other_value(call: _Call) -> str:
+    """Says if a rule's forward part returns other values than its function."""
+
+    def forward(values: list[Any], fixed: list[Any]) -> Any:
+        return jax.vjp(lambda v: call.outputs(v, fixed), values)[0]
+
+    plain = jax.make_jaxpr(call.outputs)(call.values, call.fixed)
+    ruled = jax.make_jaxpr(forward)(call.values, call.fixed)
+
+    def run(values: list[Any], fixed: list[Any]) -> Any:
+        inputs = [*(Value(x, x, moves=True) for x in values), *map(still, fixed)]
+        return [[v.now for v in evaluate(c, inputs, Walk())] for c in (plain, ruled)]
+
+    with jax.enable_x64(True):
+        operands = on_host(([wider(x) for x in call.values], call.fixed))
+        outputs = Program(run, 0, *operands)(*operands)
+    for number, (a, b) in enumerate(zip(*outputs, strict=True)):
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            continue
+        a, b = np.asarray(a), np.asarray(b)
+        size = np.abs(a)
+        beyond = np.abs(a - b) - _SAME * size - 1e-12 * size.max(initial=0.0)
+        if (beyond > 0).any():
+            worst = np.unravel_index(int(np.argmax(beyond)), a.shape)
+            index = f"{[int(i) for i in worst]} of " if a.ndim else ""
+            return (
+                f"its forward part returns {b[worst]:.8g} where the function returns "
+                f"{a[worst]:.8g} (in {index}output {number})"
+            )
+    return ""

@@ -1,0 +1,344 @@
+"""Judges one problem: its leaves, then its custom rules if a leaf is in doubt."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.causes import Cause
+from jaxgrad.checking.candidates import parts_of, without_rules
+from jaxgrad.checking.digits import where_digits_go
+from jaxgrad.checking.measuring import Claim, Measuring
+from jaxgrad.checking.problem import (
+    Gradients,
+    NativeGradient,
+    Problem,
+    WideGradient,
+    as_numpy,
+    compile_all,
+    epsilon,
+    on_host,
+    spread,
+)
+from jaxgrad.checking.reference import OutOfBudget, Reference
+from jaxgrad.checking.report import BAD, Finding, LeafCheck, RuleCheck
+from jaxgrad.checking.rules import check_rules
+from jaxgrad.checking.verdict import Judge
+from jaxgrad.equations import Opaque, equations
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to judge: the tolerance, the random directions, the budget."""
+
+    rtol: float
+    seed: int
+    max_evaluations: int | None
+
+
+@dataclass(frozen=True)
+class Given:
+    """A gradient from the user: its values, and its equations if it's a function."""
+
+    values: list[np.ndarray]
+    eps: list[float]
+    problem: Callable[[Problem], Problem] | None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was found on one problem."""
+
+    leaves: list[LeafCheck]
+    rules: list[RuleCheck]
+    findings: list[Finding]
+    forward_mode: str
+    evaluations: int
+
+
+# By this share of themselves parameters are moved, to see what rounding does: some 50
+# roundings, so that those in the middle of a computation are seen too.
+_NUDGE = 1e-14
+# Loops are run on for twice as many steps again: what was left at the tolerance t is
+# then t**3, as far as each step takes the same share of it.
+_RUN_ON = 2
+
+
+def judge(
+    problem: Problem,
+    options: Options,
+    *,
+    plain: Problem | None = None,
+    given: Given | None = None,
+    with_rules: bool = True,
+) -> Judged:
+    """Judges a problem's gradient by the values of `plain`, by default its own loss."""
+    plain = plain or problem
+    tested = problem
+    if given is not None and given.problem is not None:
+        tested = given.problem(problem)
+    notes: list[str] = []
+    findings: list[Finding] = []
+    reference = Reference(plain, options.max_evaluations)
+    programs = [reference.program]
+    native = wide = widely = None
+    if tested.gradient is not None:
+        natively = NativeGradient(tested)
+        programs.append(natively.program)
+        try:
+            widely = WideGradient(tested, _tangents(tested, options.seed), notes)
+            programs.append(widely.program)
+        except Opaque as error:
+            if plain is problem:
+                raise
+            text = f"{error}".partition(". Pass")[0]
+            findings.append(Finding("native", "", f"{text}: judged as it is computed"))
+        compile_all(programs)
+        native = natively()
+        wide = widely() if widely else None
+    pulls = wide.pulls if wide else {}
+    with jax.enable_x64(True):
+        reference.pulls = on_host(pulls)
+    notes += reference.notes
+    nudged = functools.cache(lambda: widely(_NUDGE).leaves) if widely else None
+    claim = _claim(tested, native, wide, given, nudged)
+
+    def candidates() -> list[list[np.ndarray]]:
+        if not found:
+            if wide is not None and (given is not None or plain is not problem):
+                found.append(wide.leaves)
+            for hold in (1, 2) if reference.inner_stops else (1,):
+                array = without_rules(plain, pulls, hold)
+                if array is not None:
+                    found.append(array)
+        return found
+
+    found: list[list[np.ndarray]] = []
+    parts: list[Any] = []
+
+    def parts_for(number: int) -> list[tuple[str, np.ndarray]]:
+        if not parts:
+            parts.append(parts_of(plain, pulls))
+        return [(label, leaf[number]) for label, leaf in parts[0]]
+
+    measuring = Measuring(plain, reference, claim, options.seed)
+    judging = Judge(measuring, options.rtol, candidates, _counts(plain), parts_for)
+    leaves = judging.leaves()
+    if any(eqn.primitive.name == "while" for eqn in equations(plain.loss)):
+        leaves = _run_on(judging, leaves, options, pulls)
+    if any(leaf.verdict == "imprecise" for leaf in leaves):
+        leaves = _with_place(leaves, tested)
+    differ = _differ(reference, wide, native) if given is None else None
+    if differ and plain is not problem:
+        text = f"the loss is {differ[1]:.8g}, the reference computes {differ[0]:.8g}"
+        findings.append(Finding("value", "", text))
+    elif differ and _nondeterministic(problem, reference):
+        text = (
+            "the loss isn't deterministic: traced again, it gave another value. Draw its "
+            "randomness from a key in params or args"
+        )
+        findings.append(Finding("nondeterministic", "", text))
+        leaves = [replace(leaf, verdict="undecided", text=text) for leaf in leaves]
+    elif differ:
+        text = (
+            f"the loss is {differ[0]:.8g}, and the forward part of its gradient gives "
+            f"{differ[1]:.8g}: a custom rule's `fwd` returns something else than the "
+            "function"
+        )
+        findings.append(Finding("value", "", text))
+    doubtful = differ or any(leaf.verdict in BAD for leaf in leaves)
+    deterministic = all(finding.kind != "nondeterministic" for finding in findings)
+    rules: list[RuleCheck] = []
+    if with_rules and given is None and doubtful and deterministic:
+        rules = check_rules(problem, lambda p: _alone(p, options), options.seed)
+        leaves = [_with_rule(leaf, rules) for leaf in leaves]
+    findings += [
+        Finding(
+            "native",
+            "",
+            f"{note} can't be computed in float64: it keeps its own dtype, and the "
+            "reference is coarser for it",
+        )
+        for note in dict.fromkeys(notes)
+    ]
+    if any(eqn.primitive.name == "random_gamma" for eqn in equations(plain.loss)):
+        findings.append(
+            Finding(
+                "implicit",
+                "",
+                "a gamma sample is differentiated implicitly, as JAX does: its "
+                "derivative is taken from JAX and isn't checked",
+            )
+        )
+    forward = "none"
+    if wide is not None and wide.slopes is not None and deterministic:
+        ahead, back = wide.slopes
+        # The gradient's parts are scaled to a sum of order 1 per leaf.
+        close = abs(ahead - back) <= options.rtol * len(leaves) ** 0.5
+        forward = "agrees" if close else "differs"
+        if not np.isfinite(ahead - back):
+            forward = "none"
+        if forward == "differs":
+            text = (
+                f"along one direction forward mode gives {ahead:.8g}, reverse mode "
+                f"{back:.8g}"
+            )
+            findings.append(Finding("forward_mode", "", text))
+    return Judged(leaves, rules, findings, forward, reference.evaluations)
+
+
+def _with_place(leaves: list[LeafCheck], problem: Problem) -> list[LeafCheck]:
+    """Says where an imprecise gradient loses its digits."""
+    found = where_digits_go(problem)
+    if found is None:
+        return leaves
+    operation, place = found
+    return [
+        replace(leaf, text=f"{leaf.text}; most are lost by {operation}, in {place}")
+        if leaf.verdict == "imprecise"
+        else leaf
+        for leaf in leaves
+    ]
+
+
+def _run_on(
+    judging: Judge, leaves: list[LeafCheck], options: Options, pulls: Any
+) -> list[LeafCheck]:
+    """Judges the leaves in doubt once more, with loops run on to convergence.
+
+    A loop that stops at a tolerance has another derivative than what it converges to,
+    which is what an implicit rule gives. If the loss stays, it's such a loop.
+    """
+    doubtful = [k for k, leaf in enumerate(leaves) if leaf.verdict in BAD]
+    measuring = judging.measuring
+    if not doubtful or not np.isfinite(measuring.reference.here):
+        return leaves
+    here = measuring.reference.here
+    further = Reference(measuring.problem, options.max_evaluations, run_on=_RUN_ON)
+    with jax.enable_x64(True):
+        further.pulls = on_host(pulls)
+    try:
+        if not abs(further.here - here) <= 1e-2 * abs(here):
+            return leaves
+    except OutOfBudget:
+        return leaves
+    measuring = replace(measuring, reference=further)
+    again = replace(judging, measuring=measuring, _known={})
+    after = again.leaves()
+    judging.measuring.reference.evaluations += further.evaluations
+    text = "judged with the loss's loops run on to convergence"
+    return [
+        replace(after[k], text=text)
+        if k in doubtful and after[k].verdict not in BAD
+        else leaf
+        for k, leaf in enumerate(leaves)
+    ]
+
+
+def _alone(problem: Problem, options: Options) -> list[LeafCheck]:
+    """A custom rule's verdict; its operands are its leaves."""
+    return judge(problem, options, with_rules=False).leaves
+
+
+def _tangents(problem: Problem, seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    values = [as_numpy(x) for x in problem.values]
+    return [spread(rng, x.shape) * np.where(x == 0, 1.0, np.abs(x)) for x in values]
+
+
+def _claim(
+    problem: Problem,
+    native: Gradients | None,
+    wide: Gradients | None,
+    given: Any,
+    nudged: Callable[[], list[np.ndarray]] | None,
+) -> Claim:
+    none: list[np.ndarray | float] = [0.0] * len(problem.names)
+    if given is not None and given.problem is None:
+        # Rounding takes a tree of values as far as it takes JAX's own, about.
+        noise: list[np.ndarray | float] = [
+            _noise(x, eps) for x, eps in zip(given.values, given.eps, strict=True)
+        ]
+        if native is not None and wide is not None:
+            noise = [
+                n + 10 * np.abs(a - b)
+                for n, a, b in zip(noise, native.leaves, wide.leaves, strict=True)
+            ]
+        return Claim(given.values, noise, None, None)
+    assert native is not None
+    if wide is None:
+        eps = [epsilon(x.dtype) for x in problem.values]
+        # Not known, since nothing wider is: a sum of a thousand roundings.
+        loose: list[np.ndarray | float] = [
+            30 * _noise(x, e) for x, e in zip(native.leaves, eps, strict=True)
+        ]
+        return Claim(native.leaves, loose, None, None)
+    return Claim(wide.leaves, none, native.leaves, nudged)
+
+
+def _noise(array: np.ndarray, eps: float) -> np.ndarray:
+    """What a few roundings do to each entry, and to a sum of entries of its leaf."""
+    rms = np.sqrt(np.mean(np.square(array))) if array.size else 0.0
+    return np.asarray(eps * (np.abs(array) + rms))
+
+
+def _differ(
+    reference: Reference, wide: Gradients | None, native: Gradients | None
+) -> tuple[float, float] | None:
+    """The loss, and what its gradient's forward part returns, if they differ."""
+    here = reference.here
+    if wide is not None:
+        other, slack = wide.value, 1e-6
+    elif native is not None:
+        other, slack = native.value, 1e-3
+    else:
+        return None
+    if reference.notes:
+        slack = 1e-3
+    if not np.isfinite(here - other):
+        return None
+    # A loss that loses digits by cancellation differs from itself by that much.
+    scale = abs(here) + reference.rounding / np.finfo(np.float64).eps
+    return (here, other) if abs(here - other) > slack * scale else None
+
+
+def _nondeterministic(problem: Problem, reference: Reference) -> bool:
+    """Whether two fresh traces of the loss differ by more than rounding."""
+    again = replace(problem, loss=problem.retrace())
+    anew = Reference(again, None)
+    anew.pulls = reference.pulls
+    return not abs(anew.here - reference.here) <= 1e-9 * abs(reference.here)
+
+
+def _with_rule(leaf: LeafCheck, rules: Sequence[RuleCheck]) -> LeafCheck:
+    """The cause by the rule at fault, where the leaf alone shows none."""
+    wrong = [rule for rule in rules if rule.verdict == "wrong"]
+    if leaf.verdict != "wrong" or not wrong:
+        return leaf
+    rule = wrong[0]
+    said = leaf.cause
+    if said is None or (said.kind == "unknown" and rule.cause is not None):
+        said = rule.cause or Cause("unknown", rule.text)
+    text = f"{said.text} The rule of {rule.place} is at fault."
+    return replace(leaf, cause=Cause(said.kind, text))
+
+
+def _counts(problem: Problem) -> dict[str, int]:
+    """Sizes that a factor may come from: of the data, and of what the loss sums up."""
+    counts: dict[str, int] = {}
+    for x in problem.fixed:
+        if jnp.ndim(x) and len(x) > 1:
+            counts.setdefault("batch size", len(x))
+    for eqn in equations(problem.loss):
+        if eqn.primitive.name == "reduce_sum":
+            before, after = eqn.invars[0].aval.size, eqn.outvars[0].aval.size
+            if after and before // after > 1:
+                n = before // after
+                counts.setdefault("number of values that are summed", n)
+    return counts
