@@ -552,8 +552,9 @@ def _while(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
     if not (walk.run_on and going(carry).moves):
         return carry
     more = jnp.minimum(walk.run_on * count, _MOST_STEPS)
-    carry = lax.fori_loop(0, more, lambda _, carry: body(carry), carry)
-    return carry
+    further: list[Value]
+    further = lax.fori_loop(0, more, lambda _, carry: body(carry), carry)
+    return further
 
 
 # A loop that is run on to convergence takes no more steps than this.

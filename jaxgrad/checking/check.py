@@ -97,10 +97,6 @@ def check_gradient(
         raise ValueError(f"order must be 1 or 2, and is {order!r}.")
     if not rtol > 0:
         raise ValueError(f"rtol must be greater than 0, and is {rtol!r}.")
-    if max_evaluations is not None and max_evaluations < 1:
-        raise ValueError(
-            f"max_evaluations must be at least 1, and is {max_evaluations}."
-        )
     seed = 0 if key is None else int(jax.random.bits(key))
     params = as_params(params)
     patterns = [leaves] if isinstance(leaves, str) else leaves
@@ -221,12 +217,6 @@ def _given(
             leaf_name(path): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
-        for name in found:
-            if name not in known:
-                raise ValueError(
-                    f"gradient= has a leaf `{name}`, which params doesn't have. It must "
-                    "have the structure of params."
-                )
         out = []
         for name, value in zip(names, operands.values, strict=True):
             if name not in found:
@@ -245,6 +235,12 @@ def _given(
                     f"gradient= is complex in leaf `{name}`; a real one was expected."
                 )
             out.append(found[name])
+        for name in found:
+            if name not in known:
+                raise ValueError(
+                    f"gradient= has a leaf `{name}`, which params doesn't have. It must "
+                    "have the structure of params."
+                )
         return out
 
     # A module of gradients can be called too, and is one of values all the same.

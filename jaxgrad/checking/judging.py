@@ -249,7 +249,8 @@ def _alone(problem: Problem, options: Options) -> list[LeafCheck]:
 def _tangents(problem: Problem, seed: int) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     values = [as_numpy(x) for x in problem.values]
-    return [spread(rng, x.shape) * np.where(x == 0, 1.0, np.abs(x)) for x in values]
+    scales = [np.where(x == 0, 1.0, np.abs(x)) for x in values]
+    return [np.asarray(spread(rng, x.shape) * x) for x in scales]
 
 
 def _claim(

@@ -129,12 +129,14 @@ def compared(
 ) -> Measured:
     """A slope beside what a claimed gradient says of it."""
     move = direction()
-    parts = claimed * move
+    with np.errstate(invalid="ignore"):  # a gradient that isn't finite
+        parts = claimed * move
+        said = float(parts.sum())
     count = int(np.count_nonzero(move))
     return Measured(
         direction,
         slope,
-        float(parts.sum()),
+        said,
         float(np.linalg.norm(parts)),
         float(np.linalg.norm(np.asarray(noise * move))),
         float(np.linalg.norm(move) / np.sqrt(max(count, 1))),
@@ -206,7 +208,7 @@ class Measuring:
             free = self.reference.slopes(probes, [m.goal for _, m in first], hold=0)
             for (key, m), slope in zip(first, free, strict=True):
                 best[key][0] = m._replace(free=slope)
-        measured = {number: [] for number in numbers}
+        measured: dict[int, list[Measured]] = {number: [] for number in numbers}
         for (number, _), found in best.items():
             measured[number] += found
         return measured

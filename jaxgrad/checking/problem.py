@@ -122,7 +122,8 @@ class Program:
     def __call__(self, *operands: Any) -> Any:
         """Runs it."""
         self.compile()
-        return self._run(*operands)
+        with jax.disable_jit(False):
+            return self._run(*operands)
 
 
 def compile_all(programs: Sequence[Program]) -> None:

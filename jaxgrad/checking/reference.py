@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -123,6 +124,8 @@ class Reference:
         sizes = sum(int(np.prod(x.shape)) for x in problem.values) + problem.size
         self._sizes = sizes
         self._here: float | None = None
+        self._first: list[float] = []
+        self._rest: list[float] = []
         self._plan(at_once=2 * len(LADDER) * sizes <= _TOGETHER)
         try:
             self.program = self._program(changed)
@@ -160,12 +163,12 @@ class Reference:
 
     @property
     def here(self) -> float:
-        """The loss at the point, in float64."""
+        """The loss at the point, in float64; NaN where no evaluation is allowed."""
         if self._here is None:
             nowhere = Probe(0, lambda: np.zeros(()))
-            self._values([nowhere], [LADDER[-1]], 1)
-        assert self._here is not None
-        return self._here
+            with contextlib.suppress(OutOfBudget):
+                self._values([nowhere], [LADDER[-1]], 1)
+        return float("nan") if self._here is None else self._here
 
     def slopes(
         self, probes: Sequence[Probe], wanted: Sequence[float] = (), hold: int = 1
@@ -286,7 +289,7 @@ def scales_of(leaf: np.ndarray) -> list[list[Scale]]:
         return lambda: np.where(group == number, np.abs(leaf), 0.0)
 
     def same(number: int, scale: float) -> Scale:
-        return lambda: (group == number) * scale
+        return lambda: np.where(group == number, scale, 0.0)
 
     groups: list[list[Scale]] = []
     for number in map(int, np.unique(group)):
@@ -305,6 +308,7 @@ def random_direction(scale: Scale, seed: tuple[int, ...]) -> Scale:
 
     def direction() -> np.ndarray:
         sizes = scale()
-        return spread(np.random.default_rng(seed), sizes.shape) * sizes
+        signs = spread(np.random.default_rng(seed), sizes.shape)
+        return np.asarray(signs * sizes)
 
     return direction

@@ -93,11 +93,12 @@ class Judge:
         try:
             if not np.isfinite(native).all():
                 return self._nonfinite(row, number, native)
-            if not np.isfinite(self.measuring.reference.here):
+            here = self.measuring.reference.here
+            if not np.isfinite(here) and self.measuring.reference.evaluations:
                 return replace(
                     row,
                     verdict="undecided",
-                    text=f"the loss is {self.measuring.reference.here} at this point",
+                    text=f"the loss is {here} at this point",
                 )
             if not np.isfinite(claimed).all():
                 return replace(
@@ -347,7 +348,7 @@ class Judge:
         known = np.isfinite(right)
         error, exact = np.abs(claimed - right)[known], np.abs(right)
         size = np.abs(self.measuring.value(number))
-        size[size == 0] = np.sqrt(np.mean(size**2)) or 1.0
+        size = np.where(size == 0, np.sqrt(np.mean(size**2)) or 1.0, size)
 
         def spread(weight: np.ndarray) -> np.ndarray:
             weighted = weight[known]
@@ -399,7 +400,7 @@ class Judge:
         known = np.isfinite(right)
         size = np.linalg.norm(right[known])
         gap = np.linalg.norm((claimed - right)[known])
-        noise = min(bar, gap / 10) / size if size else 0.0
+        noise = float(min(bar, float(gap) / 10) / size) if size else 0.0
         return find_cause(
             self.measuring.problem.names[number],
             claimed,
@@ -407,7 +408,7 @@ class Judge:
             counts=self.counts,
             other_claimed=others,
             contributions=lambda: self.parts(number),
-            noise=max(1e-9, float(noise)),
+            noise=max(1e-9, noise),
         )
 
     def _digits(
