@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: lesson test corpus-test lint benchmark clean
+.PHONY: lesson test corpus-test corpus lint benchmark clean
 
 # TORCH=1 installs PyTorch too, and runs it beside JAX.
 lesson: $(VENV)/lesson$(TORCH)
@@ -16,7 +16,12 @@ test: $(VENV)/dev
 
 # All losses of tests/corpus, of which `make test` takes every second one.
 corpus-test: $(VENV)/dev
-	JAXGRAD_WHOLE_CORPUS=1 $(BIN)/python -m pytest -q -n 2 tests/test_corpus.py
+	JAXGRAD_WHOLE_CORPUS=1 $(BIN)/python -m pytest -q -n 2 \
+	  tests/test_corpus.py tests/test_check_corpus.py
+
+# Four checkers on the corpus, side by side: about 15 minutes.
+corpus: $(VENV)/dev
+	$(BIN)/python examples/benchmarks/check_corpus.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -25,6 +30,7 @@ lint: $(VENV)/dev
 
 benchmark: $(VENV)/dev
 	$(BIN)/python examples/benchmarks/overhead.py
+	$(BIN)/python examples/benchmarks/check_speed.py
 
 clean:
 	rm -rf $(VENV)

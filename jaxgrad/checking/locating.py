@@ -50,11 +50,11 @@ def locate(
             for group in groups
             for part in np.array_split(group, min(_PARTS, len(group)))
         ]
-        beyond, norms = _beyond(measuring, leaf, flat, move, claimed.shape, parts)
-        shares = beyond / np.where(norms > 0, norms, 1)
+        gaps, bars, norms = _gaps(measuring, leaf, flat, move, claimed.shape, parts)
+        shares = gaps / np.where(norms > 0, norms, 1)
         noise = _STANDS_OUT * np.sort(shares)[(len(shares) - 1) // 4]
         noise = min(noise, rtol)  # more is no noise
-        wrong = np.flatnonzero((beyond > 0) & (shares > noise))
+        wrong = np.flatnonzero((gaps > bars) & (shares > noise))
         if not len(wrong):
             wrong = np.array([np.argmax(shares)])
         groups = [parts[k] for k in wrong]
@@ -67,15 +67,15 @@ def locate(
     return Located([int(group[0]) for group in groups], spread=False)
 
 
-def _beyond(
+def _gaps(
     measuring: Measuring,
     leaf: int,
     claimed: np.ndarray,
     move: np.ndarray,
     shape: tuple[int, ...],
     parts: list[np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
-    """By how much each group disagrees beyond its error bar, and its gradient's size."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """By how much each group disagrees, its error bar, and its gradient's size."""
 
     def direction(part: np.ndarray) -> np.ndarray:
         some = np.zeros(move.size)
@@ -84,15 +84,14 @@ def _beyond(
 
     probes = [Probe(leaf, functools.partial(direction, part)) for part in parts]
     slopes = measuring.reference.slopes(probes, hold=measuring.hold)
-    beyond, norms = [], []
+    gaps, bars, norms = [], [], []
     for part, slope in zip(parts, slopes, strict=True):
         products = claimed[part] * move[part]
         norms.append(float(np.linalg.norm(products)))
-        bar = slope.error + ROUNDING * norms[-1]
+        bars.append(slope.error + ROUNDING * norms[-1])
         if slope.kink:
             low, high = sorted((slope.ahead, slope.behind))
-            gap = max(low - products.sum(), products.sum() - high, high - low)
+            gaps.append(max(low - products.sum(), products.sum() - high, high - low))
         else:
-            gap = abs(products.sum() - slope.value)
-        beyond.append(max(gap - bar, 0.0))
-    return np.array(beyond), np.array(norms)
+            gaps.append(abs(products.sum() - slope.value))
+    return np.array(gaps), np.array(bars), np.array(norms)

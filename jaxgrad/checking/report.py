@@ -237,7 +237,8 @@ def _entries(leaf: LeafCheck) -> Table:
         total = 1
         for n in leaf.shape:
             total *= n
-        note = f"{leaf.wrong_entries} of {total} entries are wrong."
+        verb = "is" if leaf.wrong_entries == 1 else "are"
+        note = f"{leaf.wrong_entries} of {total} entries {verb} wrong."
     return Table(
         f"Entries of `{leaf.path}`",
         [

@@ -212,9 +212,12 @@ class Judge:
         small that the loss would not change by a rounding is zero for all that shows.
         """
         scale = self.measuring.reference.scale
+        claimed = self.measuring.claim.tested[number]
+        # No change is claimed, and none at all is seen, if only at the smallest steps.
+        if not claimed.any() and m.slope.value == 0:
+            return bool(m.slope.error <= self.rtol * scale)
         if abs(m.slope.value) > m.slope.error or m.slope.error > _FAINT * scale:
             return False
-        claimed = self.measuring.claim.tested[number]
         if m.norm <= max(m.noise, np.finfo(np.float64).eps * scale):
             return True
         if self.measuring.claim.nudged is None:
@@ -400,7 +403,8 @@ class Judge:
         known = np.isfinite(right)
         size = np.linalg.norm(right[known])
         gap = np.linalg.norm((claimed - right)[known])
-        noise = float(min(bar, float(gap) / 10) / size) if size else 0.0
+        # Rounding explains so much, and never the whole difference.
+        noise = float(min(max(bar, 1e-9 * size), gap / 10) / size) if size else 1e-9
         return find_cause(
             self.measuring.problem.names[number],
             claimed,
@@ -408,7 +412,7 @@ class Judge:
             counts=self.counts,
             other_claimed=others,
             contributions=lambda: self.parts(number),
-            noise=max(1e-9, noise),
+            noise=noise,
         )
 
     def _digits(
