@@ -55,6 +55,11 @@ class Value:
     moves: bool
     terms: Callable[[], Change] | None = None
 
+    def astype(self, dtype: Any) -> Value:
+        """The value in another dtype."""
+        now, held = (lax.convert_element_type(x, dtype) for x in (self.now, self.held))
+        return Value(now, held, self.moves)
+
     def change(self) -> Change:
         """`now - held`, taken before the last sums and products.
 

@@ -209,6 +209,9 @@ def named(report, variant):
     }
     of_rule = rules[truth.rule].cause if truth.rule in rules else None
     fitting = {truth.kind, "unknown"} if truth.kind == "stale" else {truth.kind}
+    if truth.way == "part_of_batch" and variant.where == "inner":
+        # The same thing, where each output comes of one entry or row of the operand.
+        fitting |= {"entries", "rows"}
 
     def cause_named(name):
         if variant.where == "inner" and of_rule and of_rule.kind in fitting:

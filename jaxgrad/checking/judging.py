@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from jaxgrad.checking.problem import (
     on_host,
     spread,
 )
-from jaxgrad.checking.reference import OutOfBudget, Reference
+from jaxgrad.checking.reference import Reference
 from jaxgrad.checking.report import BAD, Finding, LeafCheck, RuleCheck
 from jaxgrad.checking.rules import check_rules
 from jaxgrad.checking.verdict import Judge
@@ -83,114 +82,172 @@ def judge(
     tested = problem
     if given is not None and given.problem is not None:
         tested = given.problem(problem)
+    computed = _computed(tested, plain, options)
+    findings = list(computed.findings)
+    judging = _judging(tested, plain, options, given, computed)
+    leaves = judging.leaves()
+    if any(eqn.primitive.name == "while" for eqn in equations(plain.loss)):
+        leaves = _run_on(judging, leaves, options, computed)
+    if any(leaf.verdict == "imprecise" for leaf in leaves):
+        leaves = _with_place(leaves, tested)
+    differ = _differ(computed) if given is None else None
+    if differ:
+        findings.append(_other_value(problem, plain, computed.reference, differ))
+    changing = any(finding.kind == "nondeterministic" for finding in findings)
+    if changing:
+        text = findings[-1].text
+        leaves = [replace(leaf, verdict="undecided", text=text) for leaf in leaves]
+    rules: list[RuleCheck] = []
+    doubtful = differ or any(leaf.verdict in BAD for leaf in leaves)
+    if with_rules and given is None and doubtful and not changing:
+        rules = check_rules(problem, lambda p: _alone(p, options), options.seed)
+        leaves = [_with_rule(leaf, rules) for leaf in leaves]
+    forward, finding = _forward_mode(computed, options, len(leaves))
+    if finding and not changing:
+        findings.append(finding)
+    return Judged(
+        leaves,
+        rules,
+        [*findings, *_held_back(plain, computed)],
+        "none" if changing else forward,
+        computed.reference.evaluations,
+    )
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """What was computed once, for all leaves."""
+
+    reference: Reference
+    native: Gradients | None
+    widely: WideGradient | None
+    wide: Gradients | None
+    notes: list[str]
+    findings: list[Finding]
+
+
+def _computed(tested: Problem, plain: Problem, options: Options) -> _Computed:
+    """The gradient as it is and in float64, and the reference, compiled together."""
     notes: list[str] = []
     findings: list[Finding] = []
     reference = Reference(plain, options.max_evaluations)
-    programs = [reference.program]
-    native = wide = widely = None
-    if tested.gradient is not None:
-        natively = NativeGradient(tested)
-        programs.append(natively.program)
-        try:
-            widely = WideGradient(tested, _tangents(tested, options.seed), notes)
-            programs.append(widely.program)
-        except Opaque as error:
-            if plain is problem:
-                raise
-            text = f"{error}".partition(". Pass")[0]
-            findings.append(Finding("native", "", f"{text}: judged as it is computed"))
-        compile_all(programs)
-        native = natively()
-        wide = widely() if widely else None
-    pulls = wide.pulls if wide else {}
-    with jax.enable_x64(True):
-        reference.pulls = on_host(pulls)
+    if tested.gradient is None:
+        return _Computed(reference, None, None, None, reference.notes, findings)
+    natively, widely = NativeGradient(tested), None
+    try:
+        widely = WideGradient(tested, _tangents(tested, options.seed), notes)
+    except Opaque as error:
+        if plain is tested:
+            raise
+        text = f"{error}".partition(". Pass")[0]
+        findings.append(Finding("native", "", f"{text}: judged as it is computed"))
+    except Exception:  # an equation that no rule here makes wider
+        text = "the gradient can't be computed in float64: judged as it is computed"
+        findings.append(Finding("native", "", text))
+    programs = [reference.program, natively.program]
+    compile_all([*programs, *([widely.program] if widely else [])])
+    native, wide = natively(), widely() if widely else None
+    if wide:
+        with jax.enable_x64(True):
+            reference.pulls = on_host(wide.pulls)
     notes += reference.notes
-    nudged = functools.cache(lambda: widely(_NUDGE).leaves) if widely else None
-    claim = _claim(tested, native, wide, given, nudged)
+    return _Computed(reference, native, widely, wide, notes, findings)
 
+
+def _judging(
+    tested: Problem,
+    plain: Problem,
+    options: Options,
+    given: Given | None,
+    computed: _Computed,
+) -> Judge:
+    reference, widely, wide = computed.reference, computed.widely, computed.wide
+
+    @functools.cache
+    def nudged() -> list[np.ndarray]:
+        assert widely is not None
+        return widely(_NUDGE).leaves
+
+    @functools.cache
     def candidates() -> list[list[np.ndarray]]:
-        if not found:
-            if wide is not None and (given is not None or plain is not problem):
-                found.append(wide.leaves)
-            for hold in (1, 2) if reference.inner_stops else (1,):
-                array = without_rules(plain, pulls, hold)
-                if array is not None:
-                    found.append(array)
+        found = []
+        if wide is not None and (given is not None or plain is not tested):
+            found.append(wide.leaves)
+        for hold in (1, 2) if reference.inner_stops else (1,):
+            array = without_rules(plain, reference.pulls, hold)
+            if array is not None:
+                found.append(array)
         return found
 
-    found: list[list[np.ndarray]] = []
-    parts: list[Any] = []
+    @functools.cache
+    def parts() -> list[tuple[str, list[np.ndarray]]]:
+        return parts_of(plain, reference.pulls)
 
     def parts_for(number: int) -> list[tuple[str, np.ndarray]]:
-        if not parts:
-            parts.append(parts_of(plain, pulls))
-        return [(label, leaf[number]) for label, leaf in parts[0]]
+        return [(label, leaf[number]) for label, leaf in parts()]
 
+    claim = _claim(tested, computed, given, nudged if widely else None)
     measuring = Measuring(plain, reference, claim, options.seed)
-    judging = Judge(measuring, options.rtol, candidates, _counts(plain), parts_for)
-    leaves = judging.leaves()
-    if any(eqn.primitive.name == "while" for eqn in equations(plain.loss)):
-        leaves = _run_on(judging, leaves, options, pulls)
-    if any(leaf.verdict == "imprecise" for leaf in leaves):
-        leaves = _with_place(leaves, tested)
-    differ = _differ(reference, wide, native) if given is None else None
-    if differ and plain is not problem:
-        text = f"the loss is {differ[1]:.8g}, the reference computes {differ[0]:.8g}"
-        findings.append(Finding("value", "", text))
-    elif differ and _nondeterministic(problem, reference):
+    return Judge(measuring, options.rtol, candidates, _counts(plain), parts_for)
+
+
+def _other_value(
+    problem: Problem,
+    plain: Problem,
+    reference: Reference,
+    values: tuple[float, float],
+) -> Finding:
+    """Why a loss and what it's compared with have different values."""
+    here, other = values
+    if plain is not problem:
+        text = f"the loss is {other:.8g}, the reference computes {here:.8g}"
+        return Finding("value", "", text)
+    if _nondeterministic(problem, reference):
         text = (
-            "the loss isn't deterministic: traced again, it gave another value. Draw its "
-            "randomness from a key in params or args"
+            "the loss isn't deterministic: traced again, it gave another value. Draw "
+            "its randomness from a key in params or args"
         )
-        findings.append(Finding("nondeterministic", "", text))
-        leaves = [replace(leaf, verdict="undecided", text=text) for leaf in leaves]
-    elif differ:
-        text = (
-            f"the loss is {differ[0]:.8g}, and the forward part of its gradient gives "
-            f"{differ[1]:.8g}: a custom rule's `fwd` returns something else than the "
-            "function"
-        )
-        findings.append(Finding("value", "", text))
-    doubtful = differ or any(leaf.verdict in BAD for leaf in leaves)
-    deterministic = all(finding.kind != "nondeterministic" for finding in findings)
-    rules: list[RuleCheck] = []
-    if with_rules and given is None and doubtful and deterministic:
-        rules = check_rules(problem, lambda p: _alone(p, options), options.seed)
-        leaves = [_with_rule(leaf, rules) for leaf in leaves]
-    findings += [
+        return Finding("nondeterministic", "", text)
+    text = (
+        f"the loss is {here:.8g}, and the forward part of its gradient gives "
+        f"{other:.8g}: a custom rule's `fwd` returns something else than the function"
+    )
+    return Finding("value", "", text)
+
+
+def _held_back(plain: Problem, computed: _Computed) -> list[Finding]:
+    """What could not be computed wider, or isn't checked."""
+    found = [
         Finding(
             "native",
             "",
             f"{note} can't be computed in float64: it keeps its own dtype, and the "
             "reference is coarser for it",
         )
-        for note in dict.fromkeys(notes)
+        for note in dict.fromkeys(computed.notes)
     ]
     if any(eqn.primitive.name == "random_gamma" for eqn in equations(plain.loss)):
-        findings.append(
-            Finding(
-                "implicit",
-                "",
-                "a gamma sample is differentiated implicitly, as JAX does: its "
-                "derivative is taken from JAX and isn't checked",
-            )
+        text = (
+            "a gamma sample is differentiated implicitly, as JAX does: its derivative "
+            "is taken from JAX and isn't checked"
         )
-    forward = "none"
-    if wide is not None and wide.slopes is not None and deterministic:
-        ahead, back = wide.slopes
-        # The gradient's parts are scaled to a sum of order 1 per leaf.
-        close = abs(ahead - back) <= options.rtol * len(leaves) ** 0.5
-        forward = "agrees" if close else "differs"
-        if not np.isfinite(ahead - back):
-            forward = "none"
-        if forward == "differs":
-            text = (
-                f"along one direction forward mode gives {ahead:.8g}, reverse mode "
-                f"{back:.8g}"
-            )
-            findings.append(Finding("forward_mode", "", text))
-    return Judged(leaves, rules, findings, forward, reference.evaluations)
+        found.append(Finding("implicit", "", text))
+    return found
+
+
+def _forward_mode(
+    computed: _Computed, options: Options, leaves: int
+) -> tuple[str, Finding | None]:
+    """Whether forward mode agrees with reverse mode, along one direction."""
+    slopes = computed.wide.slopes if computed.wide else None
+    if slopes is None or not np.isfinite(slopes).all():
+        return "none", None
+    ahead, back = slopes
+    # The gradient's parts are scaled to a sum of order 1 per leaf.
+    if abs(ahead - back) <= options.rtol * leaves**0.5:
+        return "agrees", None
+    text = f"along one direction it gives {ahead:.8g}, reverse mode {back:.8g}"
+    return "differs", Finding("forward_mode", "", text)
 
 
 def _with_place(leaves: list[LeafCheck], problem: Problem) -> list[LeafCheck]:
@@ -208,7 +265,7 @@ def _with_place(leaves: list[LeafCheck], problem: Problem) -> list[LeafCheck]:
 
 
 def _run_on(
-    judging: Judge, leaves: list[LeafCheck], options: Options, pulls: Any
+    judging: Judge, leaves: list[LeafCheck], options: Options, computed: _Computed
 ) -> list[LeafCheck]:
     """Judges the leaves in doubt once more, with loops run on to convergence.
 
@@ -221,12 +278,8 @@ def _run_on(
         return leaves
     here = measuring.reference.here
     further = Reference(measuring.problem, options.max_evaluations, run_on=_RUN_ON)
-    with jax.enable_x64(True):
-        further.pulls = on_host(pulls)
-    try:
-        if not abs(further.here - here) <= 1e-2 * abs(here):
-            return leaves
-    except OutOfBudget:
+    further.pulls = computed.reference.pulls
+    if not abs(further.here - here) <= 1e-2 * abs(here):
         return leaves
     measuring = replace(measuring, reference=further)
     again = replace(judging, measuring=measuring, _known={})
@@ -255,11 +308,11 @@ def _tangents(problem: Problem, seed: int) -> list[np.ndarray]:
 
 def _claim(
     problem: Problem,
-    native: Gradients | None,
-    wide: Gradients | None,
-    given: Any,
+    computed: _Computed,
+    given: Given | None,
     nudged: Callable[[], list[np.ndarray]] | None,
 ) -> Claim:
+    native, wide = computed.native, computed.wide
     none: list[np.ndarray | float] = [0.0] * len(problem.names)
     if given is not None and given.problem is None:
         # Rounding takes a tree of values as far as it takes JAX's own, about.
@@ -289,10 +342,9 @@ def _noise(array: np.ndarray, eps: float) -> np.ndarray:
     return np.asarray(eps * (np.abs(array) + rms))
 
 
-def _differ(
-    reference: Reference, wide: Gradients | None, native: Gradients | None
-) -> tuple[float, float] | None:
+def _differ(computed: _Computed) -> tuple[float, float] | None:
     """The loss, and what its gradient's forward part returns, if they differ."""
+    reference, native, wide = computed.reference, computed.native, computed.wide
     here = reference.here
     if wide is not None:
         other, slack = wide.value, 1e-6

@@ -15,6 +15,7 @@ import numpy as np
 from jaxgrad.checking.problem import Problem, Program, on_host, spread
 from jaxgrad.differences import LADDER, Slope, slope_of
 from jaxgrad.equations import (
+    Opaque,
     Value,
     Walk,
     bodies,
@@ -88,27 +89,6 @@ class Reference:
             for body in bodies(rule)
             for eqn in equations(body)
         )
-        walk = Walk(pairs=True, run_on=run_on, notes=self.notes)
-        loss = problem.loss.jaxpr
-
-        def changed(
-            point: Any,
-            fixed: Any,
-            consts: Any,
-            pulls: Any,
-            move: Any,
-            h: Any,
-            hold: Any,
-        ) -> Any:
-            moved = [
-                Value(x + h * d, x, moves=True)
-                for x, d in zip(point, move, strict=True)
-            ]
-            here = replace(walk, hold=hold, pulls=pulls)
-            closed = jax.extend.core.ClosedJaxpr(loss, consts)
-            out = evaluate(closed, [*moved, *map(still, fixed)], here)[0]
-            return *out.change(), out.held
-
         with jax.enable_x64(True):
             pulls = jax.tree.map(wider, problem.taps)
             self._point, self._fixed, self._consts, self.pulls = on_host(
@@ -126,12 +106,11 @@ class Reference:
         self._here: float | None = None
         self._first: list[float] = []
         self._rest: list[float] = []
-        self._plan(at_once=2 * len(LADDER) * sizes <= _TOGETHER)
+        at_once = 2 * len(LADDER) * sizes <= _TOGETHER
         try:
-            self.program = self._program(changed)
+            self.program = self._program(Walk(pairs=True, run_on=run_on), at_once)
         except NotImplementedError:  # something in the loss can't be batched
-            self._plan(at_once=False)
-            self.program = self._program(changed)
+            self.program = self._program(Walk(pairs=True, run_on=run_on), False)
         if self.notes:
             self.coarse = True
             self._first = [h * _LONGER for h in self._first]
@@ -147,19 +126,51 @@ class Reference:
         most = min(_TOGETHER // (self._width * self._sizes), 8)
         self._probes = max(most, 1) if at_once else 1
 
-    def _program(self, changed: Callable[..., Any]) -> Program:
+    def _program(self, walk: Walk, at_once: bool) -> Program:
         """Compiles many directions and steps at once, or one step after another."""
+        self._plan(at_once)
+        self.notes.clear()
+        loss, dtypes = self.problem.loss.jaxpr, [x.dtype for x in self.problem.values]
+
+        def changed(
+            point: Any,
+            fixed: Any,
+            consts: Any,
+            pulls: Any,
+            move: Any,
+            h: Any,
+            hold: Any,
+        ) -> Any:
+            moved = [
+                Value(x + h * d, x, moves=True)
+                for x, d in zip(point, move, strict=True)
+            ]
+            if not walk.wide:
+                moved = [v.astype(t) for v, t in zip(moved, dtypes, strict=True)]
+            here = replace(walk, hold=hold, pulls=pulls, notes=self.notes)
+            closed = jax.extend.core.ClosedJaxpr(loss, consts)
+            out = evaluate(closed, [*moved, *map(still, fixed)], here)[0]
+            return [wider(x) for x in (*out.change(), out.held)]
 
         def stepwise(*operands: Any) -> Any:
             *point, steps, hold = operands  # what the point gives is computed once
-            return jax.lax.map(lambda h: changed(*point, h, hold), steps)
+            return jax.lax.map(lambda h: changed(*point, h, hold), steps)  # type: ignore[call-arg]
 
         steps = jax.vmap(changed, (None, None, None, None, None, 0, None))
         together = jax.vmap(steps, (None, None, None, None, 0, None, 0))
+        function = together if at_once else stepwise
         with jax.enable_x64(True):
             operands = self._operands([], [0.0], 1)
-            function = together if self._at_once else stepwise
-            return Program(function, self.problem.size, *operands)
+            try:
+                return Program(function, self.problem.size, *operands)
+            except (Opaque, NotImplementedError):
+                raise
+            except Exception:
+                if not walk.wide:
+                    raise
+        program = self._program(replace(walk, wide=False), at_once)
+        self.notes[:] = ["the loss as a whole"]
+        return program
 
     @property
     def here(self) -> float:

@@ -404,7 +404,8 @@ class Judge:
         size = np.linalg.norm(right[known])
         gap = np.linalg.norm((claimed - right)[known])
         # Rounding explains so much, and never the whole difference.
-        noise = float(min(max(bar, 1e-9 * size), gap / 10) / size) if size else 1e-9
+        part = min(max(bar, 1e-9 * float(size)), float(gap) / 10)
+        noise = part / float(size) if size else 1e-9
         return find_cause(
             self.measuring.problem.names[number],
             claimed,
