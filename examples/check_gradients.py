@@ -1,6 +1,7 @@
 """Checks gradients: of an Equinox and a Flax model, a kernel, and one found by hand."""
 
 import functools
+import textwrap
 
 import equinox as eqx
 import jax
@@ -38,8 +39,10 @@ def nnx_loss(weights, graph, rest, x, y):
 
 rngs = nnx.Rngs(0)
 model = nnx.Sequential(
-    *[nnx.Linear(3, 16, rngs=rngs), nnx.BatchNorm(16, rngs=rngs), nnx.relu],
-    *[nnx.Dropout(0.1, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)],
+    nnx.Linear(3, 16, rngs=rngs),
+    nnx.BatchNorm(16, rngs=rngs),
+    nnx.Dropout(0.1, rngs=rngs),
+    nnx.Linear(16, 1, rngs=rngs),
 )
 graph, weights, rest = nnx.split(model, nnx.Param, ...)
 assert check("Flax NNX model", nnx_loss, weights, graph, rest, x, y)
@@ -98,7 +101,8 @@ def neuron_gradient(params, x, y, over_batch=jnp.mean):
 summed = functools.partial(neuron_gradient, over_batch=jnp.sum)  # a mistake
 assert check("neuron, function", loss, neuron, x, y, gradient=neuron_gradient)
 summed_report = check("neuron, a sum", loss, neuron, x, y, gradient=summed)
-print(f"\n{summed_report.leaves[0].cause.text.replace(', and', ',\nand')}")
-assert summed_report.leaves[0].cause.kind == "factor"
+cause = summed_report.leaves[0].cause
+print(f"\n{textwrap.fill(cause.text, 80)}")
+assert cause.kind == "factor"
 
 print(f"\nThe whole report of the kernel that is one short:\n\n{kernel_report}")

@@ -87,7 +87,12 @@ class Change(NamedTuple):
     size: Any
 
 
-jax.tree_util.register_dataclass(Value, ["now", "held"], ["moves"], ["terms"])
+# Across the border of a loop or a branch the terms are forgotten.
+jax.tree_util.register_pytree_node(
+    Value,
+    lambda value: ((value.now, value.held), value.moves),
+    lambda moves, both: Value(*both, moves),
+)
 
 
 @dataclass(frozen=True)
