@@ -1,5 +1,6 @@
 """Checks gradients: of an Equinox and a Flax model, a kernel, and one found by hand."""
 
+import collections
 import functools
 import textwrap
 
@@ -17,8 +18,11 @@ y = jnp.sin(x.sum(axis=1, keepdims=True))
 
 def check(what, *loss_and_params, **options):
     report = jaxgrad.check_gradient(*loss_and_params, **options)
-    verdicts = ", ".join(f"{leaf.path} {leaf.verdict}" for leaf in report.leaves[:3])
-    print(f"{what:<18}  {verdicts}{', ...' if len(report.leaves) > 3 else ''}")
+    said = [f"{leaf.path} {leaf.verdict}" for leaf in report.leaves]
+    if len(said) > 2:
+        verdicts = collections.Counter(leaf.verdict for leaf in report.leaves)
+        said = [f"{count} leaves {verdict}" for verdict, count in verdicts.items()]
+    print(f"{what:<17}  {', '.join(said)}")
     return report  # true if the gradient is right
 
 
@@ -41,6 +45,7 @@ rngs = nnx.Rngs(0)
 model = nnx.Sequential(
     nnx.Linear(3, 16, rngs=rngs),
     nnx.BatchNorm(16, rngs=rngs),
+    nnx.relu,
     nnx.Dropout(0.1, rngs=rngs),
     nnx.Linear(16, 1, rngs=rngs),
 )

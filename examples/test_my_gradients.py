@@ -3,8 +3,9 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jaxgrad
 import pytest
+
+import jaxgrad
 
 model = eqx.nn.MLP(3, 1, width_size=8, depth=2, key=jax.random.key(0))
 x = jax.random.normal(jax.random.key(1), (16, 3))

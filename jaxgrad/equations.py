@@ -255,14 +255,14 @@ def _plain(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
         out = _both(lambda operands: bind(eqn, operands, **changed), inputs, walk)
         if walk.pairs and len(out) == 1:
             inputs = [replace(v, moves=m) for v, m in zip(inputs, moves, strict=True)]
-            return [replace(out[0], terms=_terms(eqn, inputs, changed))]
+            return [replace(out[0], terms=_terms(eqn, inputs, changed, out[0]))]
         return out
     except (TypeError, ValueError, NotImplementedError):
         return _natively(eqn, inputs, walk, seen)
 
 
 def _terms(
-    eqn: Any, inputs: list[Value], changed: Mapping[str, Any]
+    eqn: Any, inputs: list[Value], changed: Mapping[str, Any], out: Value
 ) -> Callable[[], Change] | None:
     """The change of an output from those of the inputs, for what adds and multiplies."""
     name = eqn.primitive.name
@@ -288,7 +288,13 @@ def _terms(
         by, *sizes = (apply(*column) for column in zip(*parts, strict=True))
         if name == "sub":
             sizes = [a + b for a, b in list(zip(*parts, strict=True))[1:]]
-        return Change(by, *map(jnp.abs, sizes))
+        moved, size = map(jnp.abs, sizes)
+        if all(value.moves for value in inputs) and len(inputs) == 2:
+            # What all but cancels, such as a maximum and its own entry, has the same
+            # roundings in both, at both points.
+            near = jnp.abs(out.held) < 1e-3 * size
+            by = jnp.where(near, out.now - out.held, by)
+        return Change(by, moved, size)
 
     @functools.cache
     def multiplied() -> Change:
@@ -311,8 +317,15 @@ def _terms(
         a, x = change_of(inputs[0]), inputs[0].held
         return Change(a.by * (2 * x + a.by), *(2 * jnp.abs(x) * s for s in a[1:]))
 
+    @functools.cache
+    def logged() -> Change:
+        a, x = change_of(inputs[0]), inputs[0].held + (name == "log1p")
+        return Change(jnp.log1p(a.by / x), *(s / jnp.abs(x) for s in a[1:]))
+
     if name in _SUMS:
         return added
+    if name in ("log", "log1p"):
+        return logged
     if name in ("mul", "dot_general"):
         return multiplied
     if name == "div" and not inputs[1].moves:

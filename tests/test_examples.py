@@ -8,7 +8,8 @@ import sys
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+TESTS = sorted(EXAMPLES.glob("test_*.py"))
+SCRIPTS = sorted(set(EXAMPLES.glob("*.py")) - set(TESTS))
 assert SCRIPTS, f"no scripts in {EXAMPLES}"
 
 
@@ -31,6 +32,12 @@ def test_an_example_runs_and_finds_what_it_claims(script):
     lines = output_of(script)
     assert lines
     assert [line for line in lines if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("tests", TESTS, ids=lambda tests: tests.stem)
+def test_an_example_of_tests_passes(tests):
+    *_, last = output_of("-m", "pytest", "-q", "-p", "no:cacheprovider", tests)
+    assert " passed" in last
 
 
 def test_the_benchmark_runs():

@@ -19,11 +19,9 @@ from jaxgrad.checking.problem import (
     NativeGradient,
     Problem,
     WideGradient,
-    as_numpy,
     compile_all,
     epsilon,
     on_host,
-    spread,
 )
 from jaxgrad.checking.reference import Reference
 from jaxgrad.checking.report import BAD, Finding, LeafCheck, RuleCheck
@@ -97,21 +95,19 @@ def judge(
     if changing:
         text = findings[-1].text
         leaves = [replace(leaf, verdict="undecided", text=text) for leaf in leaves]
-    rules: list[RuleCheck] = []
-    doubtful = differ or any(leaf.verdict in BAD for leaf in leaves)
-    if with_rules and given is None and doubtful and not changing:
-        rules = check_rules(problem, lambda p: _alone(p, options), options.seed)
-        leaves = [_with_rule(leaf, rules) for leaf in leaves]
     forward, finding = _forward_mode(computed, options, len(leaves))
     if finding and not changing:
         findings.append(finding)
-    return Judged(
-        leaves,
-        rules,
-        [*findings, *_held_back(plain, computed)],
-        "none" if changing else forward,
-        computed.reference.evaluations,
-    )
+    findings += _held_back(plain, computed)
+    forward = "none" if changing else forward
+    evaluations = computed.reference.evaluations
+    doubtful = differ or any(leaf.verdict in BAD for leaf in leaves)
+    del judging, computed  # the large arrays, before those of the rules come
+    rules: list[RuleCheck] = []
+    if with_rules and given is None and doubtful and not changing:
+        rules = check_rules(problem, lambda p: _alone(p, options), options.seed)
+        leaves = [_with_rule(leaf, rules) for leaf in leaves]
+    return Judged(leaves, rules, findings, forward, evaluations)
 
 
 @dataclass(frozen=True)
@@ -135,7 +131,8 @@ def _computed(tested: Problem, plain: Problem, options: Options) -> _Computed:
         return _Computed(reference, None, None, None, reference.notes, findings)
     natively, widely = NativeGradient(tested), None
     try:
-        widely = WideGradient(tested, _tangents(tested, options.seed), notes)
+        point = reference.point if plain is tested else None
+        widely = WideGradient(tested, options.seed, notes, point)
     except Opaque as error:
         if plain is tested:
             raise
@@ -297,13 +294,6 @@ def _run_on(
 def _alone(problem: Problem, options: Options) -> list[LeafCheck]:
     """A custom rule's verdict; its operands are its leaves."""
     return judge(problem, options, with_rules=False).leaves
-
-
-def _tangents(problem: Problem, seed: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    values = [as_numpy(x) for x in problem.values]
-    scales = [np.where(x == 0, 1.0, np.abs(x)) for x in values]
-    return [np.asarray(spread(rng, x.shape) * x) for x in scales]
 
 
 def _claim(

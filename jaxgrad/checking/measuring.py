@@ -99,8 +99,6 @@ class Measured(NamedTuple):
 
     def allowed(self, rtol: float) -> bool:
         """Whether the two differ by no more than a right gradient may."""
-        if self.slope.kink:
-            return self.between
         return self.gap <= rtol * self.norm + self.slope.error + self.noise
 
     @property
@@ -138,7 +136,7 @@ def compared(
         slope,
         said,
         float(np.linalg.norm(parts)),
-        float(np.linalg.norm(np.asarray(noise * move))),
+        float(np.linalg.norm(np.asarray(noise * move))) if np.any(noise) else 0.0,
         float(np.linalg.norm(move) / np.sqrt(max(count, 1))),
         count,
     )
@@ -183,8 +181,10 @@ class Measuring:
         """Leaves along random directions, entries of one size at a time."""
         groups: dict[tuple[int, int], list[Scale]] = {}
         for number in numbers:
-            value = self.value(number)
-            for place, options in enumerate(scales_of(value) if value.size else []):
+            if not self.problem.values[number].size:
+                continue
+            leaf = functools.partial(self.value, number)
+            for place, options in enumerate(scales_of(leaf)):
                 groups[number, place] = options
         best = self._along({key: options[0] for key, options in groups.items()}, 0)
         again = {
@@ -205,7 +205,8 @@ class Measuring:
         if self.reference.stops:
             first = [(key, best[key][0]) for key in best if key[1] == 0]
             probes = [Probe(number, m.direction) for (number, _), m in first]
-            free = self.reference.slopes(probes, [m.goal for _, m in first], hold=0)
+            goals = [3 * m.goal for _, m in first]  # it's but to see if they differ
+            free = self.reference.slopes(probes, goals, hold=0)
             for (key, m), slope in zip(first, free, strict=True):
                 best[key][0] = m._replace(free=slope)
         measured: dict[int, list[Measured]] = {number: [] for number in numbers}

@@ -254,8 +254,9 @@ def spread(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
     Not near 0, so that no entry hides; not all of one size, so that no two cancel.
     """
-    signs = rng.integers(0, 2, shape, np.int8) * 2 - 1
-    return np.asarray(signs * rng.uniform(0.5, 1.5, shape))
+    numbers = np.asarray(rng.uniform(0.5, 1.5, shape))
+    numbers *= rng.integers(0, 2, shape, np.int8) * 2 - 1
+    return numbers
 
 
 def trust_of(trust: Sequence[Callable[..., Any]], loss: Any) -> Callable[[Place], bool]:
@@ -339,7 +340,7 @@ class Gradients:
 
     Attributes:
       value: the loss.
-      leaves: one float64 array per leaf.
+      leaves: one array per leaf.
       slopes: the derivative along one direction by forward and by reverse mode.
       pulls: the cotangents of the inputs and outputs of trusted rules.
     """
@@ -366,7 +367,8 @@ class NativeGradient:
     def __call__(self) -> Gradients:
         """The gradient."""
         value, *leaves = self.program(*self._operands)
-        return Gradients(float(value), [as_numpy(x) for x in leaves], None, {})
+        # In their own dtype: another copy of a large leaf would be one too many.
+        return Gradients(float(value), [np.asarray(x) for x in leaves], None, {})
 
 
 def epsilon(dtype: Any) -> float:
@@ -388,9 +390,9 @@ class WideGradient:
     """What the rules give in float64: the equations of the gradient, made wider."""
 
     def __init__(
-        self, problem: Problem, tangents: Sequence[np.ndarray], notes: list[str]
+        self, problem: Problem, seed: int, notes: list[str], point: list[Any] | None
     ) -> None:
-        self._problem = problem
+        self._problem, self._seed = problem, seed
         count = len(problem.values)
         walk = Walk(notes=notes)
 
@@ -417,7 +419,7 @@ class WideGradient:
             # Each leaf's part is made as large as any other's, so that none hides.
             parts = [g * t for g, t in zip(out[1 : 1 + count], tangents, strict=True)]
             sizes = [jnp.sqrt(jnp.sum(part**2)) for part in parts]
-            least = 1e-12 * jnp.maximum(jnp.abs(out[0]), 1e-30)  # less is rounding
+            least = 1e-12 * jnp.maximum(jnp.abs(out[0]), 1e-13)  # less is rounding
             sizes = [jnp.where(s > least, s, jnp.inf) for s in sizes]
             reverse = sum(jnp.sum(p) / s for p, s in zip(parts, sizes, strict=True))
             scaled = [t / s for t, s in zip(tangents, sizes, strict=True)]
@@ -428,9 +430,11 @@ class WideGradient:
             for closed in (problem.gradient, problem.forward, problem.pulls)
         ]
         with jax.enable_x64(True):
-            values = [wider(x) for x in problem.values]
-            self._operands = on_host((values, problem.fixed, consts, list(tangents)))
-            self.program = Program(run, problem.size, *self._operands)
+            values = point or [wider(x) for x in problem.values]
+            self._operands = on_host((values, problem.fixed, consts))
+            shapes = [jax.typeof(x) for x in self._operands[0]]
+            tangents = shapes if problem.forward is not None else []
+            self.program = Program(run, problem.size, *self._operands, tangents)
 
     def __call__(self, nudge: float = 0.0) -> Gradients:
         """The gradient; with each parameter moved by up to a share of itself."""
@@ -439,7 +443,19 @@ class WideGradient:
             if nudge:
                 rng = np.random.default_rng(0)
                 values = [x * (1 + nudge * spread(rng, x.shape)) for x in values]
-            (value, *leaves), pulls, slopes = self.program(values, *rest)
+            tangents = self._tangents()
+            (value, *leaves), pulls, slopes = self.program(values, *rest, tangents)
         pulls = jax.tree.unflatten(jax.tree.structure(self._problem.taps), pulls)
         both = None if slopes is None else (float(slopes[0]), float(slopes[1]))
         return Gradients(float(value), [as_numpy(x) for x in leaves], both, pulls)
+
+    def _tangents(self) -> list[np.ndarray]:
+        """A direction for forward mode, in proportion to the parameters."""
+        if self._problem.forward is None:
+            return []
+        rng = np.random.default_rng(self._seed)
+        tangents = []
+        for value in self._problem.values:
+            size = np.abs(as_numpy(value))
+            tangents.append(spread(rng, size.shape) * np.where(size == 0, 1.0, size))
+        return tangents

@@ -59,6 +59,7 @@ class Reference:
 
     Attributes:
       program: what evaluates it.
+      point: the parameters, in float64.
       pulls: the cotangents of the inputs and outputs of trusted rules, to be set.
       notes: the equations that could not be computed wider.
       evaluations: how often the loss has been evaluated.
@@ -91,7 +92,7 @@ class Reference:
         )
         with jax.enable_x64(True):
             pulls = jax.tree.map(wider, problem.taps)
-            self._point, self._fixed, self._consts, self.pulls = on_host(
+            self.point, self._fixed, self._consts, self.pulls = on_host(
                 (
                     [wider(x) for x in problem.values],
                     problem.fixed,
@@ -100,7 +101,8 @@ class Reference:
                 )
             )
             # A direction that moves nothing in a leaf, made once.
-            self._still = [jnp.zeros(x.shape, jnp.float64) for x in self._point]
+            zeros = {x.shape: jnp.zeros(x.shape, jnp.float64) for x in self.point}
+            self._still = [zeros[x.shape] for x in self.point]
         sizes = sum(int(np.prod(x.shape)) for x in problem.values) + problem.size
         self._sizes = sizes
         self._here: float | None = None
@@ -162,7 +164,8 @@ class Reference:
         with jax.enable_x64(True):
             operands = self._operands([], [0.0], 1)
             try:
-                return Program(function, self.problem.size, *operands)
+                size = self.problem.size if at_once else self._sizes
+                return Program(function, size, *operands)
             except (Opaque, NotImplementedError):
                 raise
             except Exception:
@@ -214,10 +217,11 @@ class Reference:
 
     def _slope(self, ladder: Sequence[float], row: np.ndarray) -> Slope:
         (ahead, moved, sizes), (behind, *_) = row
-        least = _EPS * _largest(moved)
-        self.scale = max(self.scale, _largest(sizes), abs(self.here))
         quantum = _QUANTA * _EPS * max(_largest(sizes), abs(self.here))
+        self.scale = max(self.scale, _largest(sizes), abs(self.here))
         changes = np.abs([ahead, behind])
+        # Where every step shows a change, their scatter tells of rounding by itself.
+        least = 0.0 if changes.all() else _EPS * _largest(moved)
         if self.coarse and not changes.all() and changes.any():
             least = max(least, float(changes[changes > 0].min()))
         slope = slope_of(ladder, ahead, behind, least, quantum)
@@ -255,7 +259,7 @@ class Reference:
     def _operands(
         self, probes: Sequence[Probe], steps: Sequence[float], hold: int
     ) -> list[Any]:
-        point = self._point, self._fixed, self._consts, self.pulls
+        point = self.point, self._fixed, self._consts, self.pulls
         padded = np.zeros(self._width)
         padded[: len(steps)] = steps
         if not self._at_once:
@@ -281,23 +285,26 @@ _ZERO = 127  # the group of the zeros
 Scale = Callable[[], np.ndarray]
 
 
-def scales_of(leaf: np.ndarray) -> list[list[Scale]]:
+def scales_of(of: Scale) -> list[list[Scale]]:
     """Groups of a leaf's entries, of about one size, each with the scales to try.
 
     A step is in proportion to each entry's size, since that is the best guess at the
     scale on which the loss changes; for a zero, and for what is tiny beside the rest,
     the leaf's typical size is tried too. A scale is 0 at the other groups' entries.
+    The leaf is made by `of` whenever it's needed, so that large ones don't pile up.
     """
+    leaf = of()
+    shape = leaf.shape
     largest = np.abs(leaf).max(initial=0.0)
     if largest == 0:
-        return [[lambda: np.ones_like(leaf)]]
+        return [[lambda: np.ones(shape)]]
     with np.errstate(divide="ignore"):
         decades = (np.log10(largest) - np.log10(np.abs(leaf))) / _DECADES
     group = np.minimum(decades, _ZERO).astype(np.int8)
     typical = float(np.sqrt(np.mean(np.square(leaf[leaf != 0]))))
 
     def own(number: int) -> Scale:
-        return lambda: np.where(group == number, np.abs(leaf), 0.0)
+        return lambda: np.where(group == number, np.abs(of()), 0.0)
 
     def same(number: int, scale: float) -> Scale:
         return lambda: np.where(group == number, scale, 0.0)
