@@ -19,6 +19,7 @@ from jaxgrad.checking.problem import (
     NativeGradient,
     Problem,
     WideGradient,
+    as_numpy,
     compile_all,
     epsilon,
     on_host,
@@ -311,18 +312,19 @@ def _claim(
         ]
         if native is not None and wide is not None:
             noise = [
-                n + 10 * np.abs(a - b)
+                np.asarray(n + 10 * np.abs(as_numpy(a) - b))
                 for n, a, b in zip(noise, native.leaves, wide.leaves, strict=True)
             ]
         return Claim(given.values, noise, None, None)
     assert native is not None
     if wide is None:
         eps = [epsilon(x.dtype) for x in problem.values]
+        leaves = [as_numpy(x) for x in native.leaves]
         # Not known, since nothing wider is: a sum of a thousand roundings.
         loose: list[np.ndarray | float] = [
-            30 * _noise(x, e) for x, e in zip(native.leaves, eps, strict=True)
+            np.asarray(30 * _noise(x, e)) for x, e in zip(leaves, eps, strict=True)
         ]
-        return Claim(native.leaves, loose, None, None)
+        return Claim(leaves, loose, None, None)
     return Claim(wide.leaves, none, native.leaves, nudged)
 
 

@@ -457,5 +457,6 @@ class WideGradient:
         tangents = []
         for value in self._problem.values:
             size = np.abs(as_numpy(value))
-            tangents.append(spread(rng, size.shape) * np.where(size == 0, 1.0, size))
+            size = np.where(size == 0, 1.0, size)
+            tangents.append(np.asarray(spread(rng, size.shape) * size))
         return tangents
