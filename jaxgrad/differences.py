@@ -272,7 +272,7 @@ def slope_of(
 
 
 def _without(row: np.ndarray, factor: int) -> np.ndarray:
-    """Extrapolates: without the part that falls by `factor` from one step to the next."""
+    """Extrapolates: without the part that falls by `factor` at each step."""
     return np.asarray((factor * row[1:] - row[:-1]) / (factor - 1))
 
 

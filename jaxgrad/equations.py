@@ -104,8 +104,8 @@ class Walk:
       pairs: whether the point itself is evaluated beside the displaced one.
       hold: with pairs, where `stop_gradient` returns the value at the point: nowhere
         (0), outside of the forward parts of custom rules (1), everywhere (2).
-      keep: whether custom rules are kept; else, and where a trusted one is inside, their
-        forward parts are walked into.
+      keep: whether custom rules are kept; else, and where a trusted one is inside,
+        their forward parts are walked into.
       taps: what is added to the inputs and outputs of trusted rules.
       pulls: the cotangents of the inputs and outputs of trusted rules, by which their
         outputs are displaced.
@@ -264,7 +264,7 @@ def _plain(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
 def _terms(
     eqn: Any, inputs: list[Value], changed: Mapping[str, Any], out: Value
 ) -> Callable[[], Change] | None:
-    """The change of an output from those of the inputs, for what adds and multiplies."""
+    """The change of an output from those of the inputs, where a formula has it."""
     name = eqn.primitive.name
     floats = [jnp.issubdtype(v.now.dtype, jnp.inexact) for v in inputs]
     if any(v.moves and not real for v, real in zip(inputs, floats, strict=True)):
@@ -280,7 +280,7 @@ def _terms(
 
     @functools.cache
     def added() -> Change:
-        # Indices and masks stay what they are; other numbers that don't move add nothing.
+        # Indices and masks stay what they are; other numbers that rest add nothing.
         parts = [
             change_of(value) if real else Change(*3 * (value.now,))
             for value, real in zip(inputs, floats, strict=True)
@@ -796,8 +796,8 @@ def rule_sites(
 ) -> dict[Path, tuple[Any, tuple[int, ...]]]:
     """The equations of custom rules, and the lengths of the scans they stand in.
 
-    Not those in a while loop, which has no reverse mode; those in another rule's forward
-    part only if `nested`.
+    Not those in a while loop, which has no reverse mode; those in another rule's
+    forward part only if `nested`.
     """
     sites: dict[Path, tuple[Any, tuple[int, ...]]] = {}
     for number, eqn in enumerate(closed.jaxpr.eqns):

@@ -17,7 +17,8 @@ from jaxgrad.equations import Taps, Value, Walk, bind, evaluate, literal, still,
 def without_rules(problem: Problem, pulls: Taps, hold: int) -> list[np.ndarray] | None:
     """The gradient by differentiating the forward part of each custom rule.
 
-    `hold` says, as in `Walk`, where a `stop_gradient` is one. `None` where JAX can't: a while loop in it has no reverse mode.
+    `hold` says, as in `Walk`, where a `stop_gradient` is one. `None` where JAX can't: a
+    while loop has no reverse mode.
     """
 
     def value(values: list[Any], fixed: Any, consts: Any, pulls: Any) -> Any:

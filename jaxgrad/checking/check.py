@@ -83,7 +83,8 @@ def check_gradient(
       ... def square(x):
       ...     return x**2
       >>> square.defvjp(lambda x: (x**2, x), lambda x, ct: (ct * x,))  # not 2 x
-      >>> check = jaxgrad.check_gradient(lambda p: square(p["x"]), {"x": jnp.array(3.0)})
+      >>> params = {"x": jnp.array(3.0)}
+      >>> check = jaxgrad.check_gradient(lambda p: square(p["x"]), params)
       >>> check.ok, check.leaves[0].verdict, check.leaves[0].cause.kind
       (False, 'wrong', 'factor')
       >>> check.rules[0].function, check.rules[0].verdict
@@ -222,8 +223,8 @@ def _given(
             if name not in found:
                 raise ValueError(
                     f"gradient= has no leaf `{name}`, which params has. Its leaves are "
-                    f"{', '.join(f'`{n}`' for n in list(found)[:8]) or 'none'}; it must "
-                    "have the structure of params."
+                    f"{', '.join(f'`{n}`' for n in list(found)[:8]) or 'none'}; it "
+                    "must have the structure of params."
                 )
             if jnp.shape(found[name]) != value.shape:
                 raise ValueError(
@@ -238,8 +239,8 @@ def _given(
         for name in found:
             if name not in known:
                 raise ValueError(
-                    f"gradient= has a leaf `{name}`, which params doesn't have. It must "
-                    "have the structure of params."
+                    f"gradient= has a leaf `{name}`, which params doesn't have. It "
+                    "must have the structure of params."
                 )
         return out
 

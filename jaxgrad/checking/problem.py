@@ -1,4 +1,4 @@
-"""What is checked: a function's equations, those of its gradient, and where it stands."""
+"""What is checked: the equations of a function and of its gradient, and the point."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def count_numbers(closed: Any) -> int:
 
 
 class Program:
-    """A function that is compiled for operands like those given, when it's first called.
+    """A function that is compiled for operands like those given, at its first call.
 
     `compile_all` compiles several at the same time.
     """
@@ -112,7 +112,7 @@ class Program:
         self._run: Any = None
 
     def compile(self) -> None:
-        """Compiles, with little optimisation where it would take longer than it saves."""
+        """Compiles, with little optimisation where that would take too long."""
         if self._run is None and self._small:
             with contextlib.suppress(Exception):  # an XLA without one of the options
                 self._run = self._lowered.compile(_QUICK)
@@ -271,8 +271,8 @@ def trust_of(trust: Sequence[Callable[..., Any]], loss: Any) -> Callable[[Place]
         others = ", ".join(sorted(str(p) for p in found if p.line)[:4]) or "none"
         raise ValueError(
             f"trust= names {place}, and the loss has no custom rule of it. Give the "
-            "function that `jax.custom_vjp` or `jax.custom_jvp` made. The loss's custom "
-            f"rules: {others}."
+            "function that `jax.custom_vjp` or `jax.custom_jvp` made. The loss's "
+            f"custom rules: {others}."
         )
     return lambda place: place in places
 

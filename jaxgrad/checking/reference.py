@@ -45,8 +45,8 @@ _QUANTA = 1000
 _TOGETHER = 16_000_000
 # Where an equation keeps its own dtype, its rounding asks for steps this much longer.
 _LONGER = 30
-# Steps that are tried first: they do for smooth losses and for relu nets. Fewer where an
-# evaluation takes long.
+# Steps that are tried first: they do for smooth losses and for relu nets. Fewer where
+# an evaluation takes long.
 _STEPS, _FEW_STEPS = slice(3, 10), slice(6, 10)
 
 
@@ -276,8 +276,8 @@ class Reference:
         return [*point, several, padded, np.full(self._probes, hold, np.int32)]
 
 
-# Entries of a leaf whose sizes are further apart than this are displaced apart from each
-# other: a step in proportion to each entry's size would show the small ones too faintly.
+# Entries of a leaf whose sizes are further apart than this are displaced on their own:
+# a step in proportion to each entry's size would show the small ones too faintly.
 _DECADES = 4
 _ZERO = 127  # the group of the zeros
 

@@ -209,9 +209,9 @@ class GradientCheck(Report):
             "none": "",
         }[self.forward_mode]
         note = (
-            "relative error: of the gradient's rule, in float64, against differences of "
-            "the loss's values (2-norm). digits: decimal digits of the gradient as it "
-            f"is computed. {self.evaluations} evaluations of the loss, "
+            "relative error: of the gradient's rule, in float64, against differences "
+            "of the loss's values (2-norm). digits: decimal digits of the gradient as "
+            f"it is computed. {self.evaluations} evaluations of the loss, "
             f"{self.seconds:.2f} s.{forward}"
         )
         return Table(

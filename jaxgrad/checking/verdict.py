@@ -113,8 +113,9 @@ class Judge:
             return replace(
                 row,
                 verdict="undecided",
-                text=f"max_evaluations is too small: {self.measuring.reference.evaluations} "
-                "evaluations of the loss were not enough",
+                text="max_evaluations is too small: "
+                f"{self.measuring.reference.evaluations} evaluations of the loss were "
+                "not enough",
             )
 
     def _nonfinite(self, row: LeafCheck, number: int, native: np.ndarray) -> LeafCheck:
@@ -202,9 +203,9 @@ class Judge:
             row,
             verdict="undecided",
             relative_error=relative,
-            text=f"the loss's values give the slope along a direction as "
-            f"{m.slope.value:.4g} give or take {m.slope.error:.2g}, which is too coarse "
-            f"for rtol={self.rtol:g} (the gradient says {m.claimed:.4g})",
+            text="the loss's values give the slope along a direction as "
+            f"{m.slope.value:.4g} give or take {m.slope.error:.2g}, which is too "
+            f"coarse for rtol={self.rtol:g} (the gradient says {m.claimed:.4g})",
         )
 
     def _nothing(self, number: int, m: Measured) -> bool:
@@ -410,9 +411,9 @@ class Judge:
         return replace(
             row,
             verdict="undecided",
-            text="the gradient and the loss's values differ along random directions by "
-            "more than they should, and single entries can't be told apart finely enough "
-            "to say where",
+            text="the gradient and the loss's values differ along random directions "
+            "by more than they should, and single entries can't be told apart finely "
+            "enough to say where",
         )
 
     def _cause(
