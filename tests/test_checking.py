@@ -1401,3 +1401,18 @@ def test_warnings_of_the_loss_reach_the_caller():
 
     with pytest.warns(DeprecationWarning, match="old"):
         assert check_gradient(loss, X[0]).ok
+
+
+def test_a_report_is_made_of_the_public_pieces():
+    check = check_gradient(lambda p: jnp.sum(wrong_square(p)), X[0])
+    assert isinstance(check, jaxgrad.GradientCheck)
+    (leaf,), (rule,) = check.leaves, check.rules
+    assert isinstance(leaf, jaxgrad.LeafCheck)
+    assert isinstance(leaf.entries[0], jaxgrad.EntryCheck)
+    assert isinstance(rule, jaxgrad.RuleCheck)
+    noisy = check_gradient(
+        lambda p: jnp.sum(jax.random.gamma(jax.random.key(0), p)), X[0] ** 2
+    )
+    assert noisy
+    assert isinstance(noisy.findings[0], jaxgrad.Finding)
+    assert noisy.findings[0].kind == "implicit"

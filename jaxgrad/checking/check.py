@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.checking.judging import Given, Options, judge
+from jaxgrad.checking.judging import Given, Judged, Options, judge
 from jaxgrad.checking.problem import (
     Operands,
     Problem,
@@ -140,19 +140,7 @@ def check_gradient(
     second = None
     if order == 2 and problem.gradient is not None:
         second = _second(function, problem, options)
-    return GradientCheck(
-        ok=not any(row.verdict in BAD for row in rows)
-        and not any(rule.verdict == "wrong" for rule in judged.rules)
-        and (second is None or second.ok)
-        and not any(finding.kind == "value" for finding in judged.findings),
-        leaves=tuple(rows),
-        rules=tuple(judged.rules),
-        findings=tuple(judged.findings),
-        second_order=second,
-        forward_mode=judged.forward_mode,
-        evaluations=judged.evaluations,
-        seconds=time.perf_counter() - start,
-    )
+    return _report(judged, rows, second, start)
 
 
 def assert_gradient(
@@ -287,12 +275,24 @@ def _second(function: Any, problem: Problem, options: Options) -> GradientCheck:
 
     second = equations_of(problem.names, problem.values, problem.fixed, along)
     judged = judge(second, options)
+    return _report(judged, judged.leaves, None, start)
+
+
+def _report(
+    judged: Judged,
+    rows: Sequence[LeafCheck],
+    second: GradientCheck | None,
+    start: float,
+) -> GradientCheck:
     return GradientCheck(
-        ok=not any(row.verdict in BAD for row in judged.leaves),
-        leaves=tuple(judged.leaves),
+        ok=not any(row.verdict in BAD for row in rows)
+        and not any(rule.verdict == "wrong" for rule in judged.rules)
+        and not any(finding.kind == "value" for finding in judged.findings)
+        and (second is None or second.ok),
+        leaves=tuple(rows),
         rules=tuple(judged.rules),
         findings=tuple(judged.findings),
-        second_order=None,
+        second_order=second,
         forward_mode=judged.forward_mode,
         evaluations=judged.evaluations,
         seconds=time.perf_counter() - start,

@@ -1,15 +1,10 @@
-"""Walks a loss's jaxpr, equation by equation: wider, displaced, its rules set apart."""
+"""Walks a jaxpr, equation by equation: wider, displaced, its rules set apart."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-import os
-import site
-import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.extend.core
@@ -17,81 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_EPS = float(np.finfo(np.float64).eps)
-_ClosedJaxpr = jax.extend.core.ClosedJaxpr
-
-Path = tuple[int, ...]
-"""Where an equation stands: its number, after those of the equations it stands in."""
-Taps = Mapping[Path, tuple[Sequence[Any], Sequence[Any]]]
-"""Per equation of a trusted rule: an array, or `None`, per input and per output."""
-
-
-class Place(NamedTuple):
-    """A line of source code."""
-
-    function: str
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        where = f"{os.path.basename(self.file)}, line {self.line}"
-        return f"`{self.function}` ({where})" if self.line else f"`{self.function}`"
-
-
-@dataclass(frozen=True)
-class Value:
-    """What a variable of the jaxpr holds.
-
-    Attributes:
-      now: its value at the displaced point.
-      held: its value at the point itself, if both are kept; else `now`.
-      moves: whether it depends on the parameters.
-      terms: makes `now - held`, and the size of what was subtracted, from those of what
-        it's a sum of, if it is one.
-    """
-
-    now: Any
-    held: Any
-    moves: bool
-    terms: Callable[[], Change] | None = None
-
-    def astype(self, dtype: Any) -> Value:
-        """The value in another dtype."""
-        now, held = (lax.convert_element_type(x, dtype) for x in (self.now, self.held))
-        return Value(now, held, self.moves)
-
-    def change(self) -> Change:
-        """`now - held`, taken before the last sums and products.
-
-        So the other terms of a sum don't take its digits away.
-        """
-        if self.terms:
-            return self.terms()
-        by, size = self.now - self.held, jnp.abs(self.held)
-        # Two compiled copies of an unmoved number may differ in their last bits.
-        moved = jnp.where(jnp.abs(by) > 4 * _EPS * size, size, 0)
-        return Change(by, moved, size)
-
-
-class Change(NamedTuple):
-    """A difference of two values of a variable.
-
-    Attributes:
-      by: the difference.
-      moved: the size of the numbers that it was taken of, where they differ.
-      size: their size, also where they don't.
-    """
-
-    by: Any
-    moved: Any
-    size: Any
-
-
-# Across the border of a loop or a branch the terms are forgotten.
-jax.tree_util.register_pytree_node(
+from jaxgrad.equations.dependence import (
+    cond_flags,
+    scan_flags,
+    scan_parts,
+    while_flags,
+)
+from jaxgrad.equations.sites import (
+    CUSTOM,
+    INLINE,
+    ClosedJaxpr,
+    Path,
+    Taps,
+    body_of,
+    closed_jaxpr,
+    rule_sites,
+    source_of,
+)
+from jaxgrad.equations.values import (
     Value,
-    lambda value: ((value.now, value.held), value.moves),
-    lambda moves, both: Value(*both, moves),
+    bind,
+    literal,
+    still,
+    terms_of,
+    wide_dtype,
+    wider,
 )
 
 
@@ -168,16 +113,6 @@ def evaluate(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def literal(atom: Any) -> np.ndarray:
-    """A literal's number, in its own dtype."""
-    return np.asarray(atom.val, atom.aval.dtype)
-
-
-def still(value: Any) -> Value:
-    """A value that doesn't depend on the parameters."""
-    return Value(value, value, moves=False)
-
-
 def step_of(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
     """The outputs of one equation."""
     name = eqn.primitive.name
@@ -193,30 +128,6 @@ def step_of(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value
         )
     handler = _HANDLERS.get(name, _plain)
     return handler(eqn, inputs, walk, seen)
-
-
-def bind(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any]:
-    """Applies an equation's primitive, with some of its parameters changed."""
-    params = eqn.primitive.get_bind_params({**eqn.params, **changed})
-    functions: Sequence[Any] = ()
-    if isinstance(params, tuple):  # before jax 0.10
-        functions, params = params
-    out = eqn.primitive.bind(*functions, *operands, **params)
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
-def wider(array: Any) -> Any:
-    """An array of floats in float64, of complex numbers in complex128."""
-    wide = _wide_dtype(array.dtype)
-    return array if wide == array.dtype else lax.convert_element_type(array, wide)
-
-
-def _wide_dtype(dtype: Any) -> Any:
-    if jnp.issubdtype(dtype, jnp.floating):
-        return np.dtype(np.float64)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return np.dtype(np.complex128)
-    return dtype
 
 
 def promote(value: Value, walk: Walk, moves: bool = True) -> Value:
@@ -245,7 +156,7 @@ def _plain(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
     changed = {
         key: _wide_param(value)
         for key, value in eqn.params.items()
-        if isinstance(value, np.dtype | jax.extend.core.Jaxpr | _ClosedJaxpr)
+        if isinstance(value, np.dtype | jax.extend.core.Jaxpr | ClosedJaxpr)
     }
     if isinstance(
         eqn.params.get("precision"), lax.DotAlgorithm | lax.DotAlgorithmPreset
@@ -255,102 +166,28 @@ def _plain(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
         out = _both(lambda operands: bind(eqn, operands, **changed), inputs, walk)
         if walk.pairs and len(out) == 1:
             inputs = [replace(v, moves=m) for v, m in zip(inputs, moves, strict=True)]
-            return [replace(out[0], terms=_terms(eqn, inputs, changed, out[0]))]
+            return [replace(out[0], terms=terms_of(eqn, inputs, changed, out[0]))]
         return out
     except (TypeError, ValueError, NotImplementedError):
         return _natively(eqn, inputs, walk, seen)
 
 
-def _terms(
-    eqn: Any, inputs: list[Value], changed: Mapping[str, Any], out: Value
-) -> Callable[[], Change] | None:
-    """The change of an output from those of the inputs, where a formula has it."""
-    name = eqn.primitive.name
-    floats = [jnp.issubdtype(v.now.dtype, jnp.inexact) for v in inputs]
-    if any(v.moves and not real for v, real in zip(inputs, floats, strict=True)):
-        return None
-
-    def apply(*operands: Any) -> Any:
-        return bind(eqn, operands, **changed)[0]
-
-    def change_of(value: Value) -> Change:
-        if value.moves:
-            return value.change()
-        return Change(*3 * (jnp.zeros_like(value.now),))
-
-    @functools.cache
-    def added() -> Change:
-        # Indices and masks stay what they are; other numbers that rest add nothing.
-        parts = [
-            change_of(value) if real else Change(*3 * (value.now,))
-            for value, real in zip(inputs, floats, strict=True)
-        ]
-        by, *sizes = (apply(*column) for column in zip(*parts, strict=True))
-        if name == "sub":
-            sizes = [a + b for a, b in list(zip(*parts, strict=True))[1:]]
-        moved, size = map(jnp.abs, sizes)
-        if all(value.moves for value in inputs) and len(inputs) == 2:
-            # What all but cancels, such as a maximum and its own entry, has the same
-            # roundings in both, at both points.
-            near = jnp.abs(out.held) < 1e-3 * size
-            by = jnp.where(near, out.now - out.held, by)
-        return Change(by, moved, size)
-
-    @functools.cache
-    def multiplied() -> Change:
-        (a, b), (x, y) = map(change_of, inputs), (value.held for value in inputs)
-        by = apply(a.by, y) + apply(x, b.by) + apply(a.by, b.by)
-        x, y = jnp.abs(x), jnp.abs(y)
-        return Change(
-            by,
-            apply(a.moved, y) + apply(x, b.moved),
-            apply(a.size, y) + apply(x, b.size),
-        )
-
-    @functools.cache
-    def divided() -> Change:
-        change, by = change_of(inputs[0]), inputs[1].now
-        return Change(change.by / by, *(x / jnp.abs(by) for x in change[1:]))
-
-    @functools.cache
-    def squared() -> Change:
-        a, x = change_of(inputs[0]), inputs[0].held
-        return Change(a.by * (2 * x + a.by), *(2 * jnp.abs(x) * s for s in a[1:]))
-
-    @functools.cache
-    def logged() -> Change:
-        a, x = change_of(inputs[0]), inputs[0].held + (name == "log1p")
-        return Change(jnp.log1p(a.by / x), *(s / jnp.abs(x) for s in a[1:]))
-
-    if name in _SUMS:
-        return added
-    if name in ("log", "log1p"):
-        return logged
-    if name in ("mul", "dot_general"):
-        return multiplied
-    if name == "div" and not inputs[1].moves:
-        return divided
-    if name == "square" or (name == "integer_pow" and eqn.params["y"] == 2):
-        return squared
-    return None
-
-
 def _wide_param(value: Any) -> Any:
     """A dtype made wider, or the jaxpr of a small function of wider numbers."""
     if isinstance(value, np.dtype):
-        return _wide_dtype(value)
+        return wide_dtype(value)
 
     def function(*operands: Any) -> list[Any]:
         values = [Value(x, x, moves=True) for x in operands]
-        return [out.now for out in evaluate(_closed(value), values, Walk())]
+        return [out.now for out in evaluate(closed_jaxpr(value), values, Walk())]
 
     closed = jax.make_jaxpr(function)(
         *(
-            jnp.zeros(variable.aval.shape, _wide_dtype(variable.aval.dtype))
-            for variable in _closed(value).jaxpr.invars
+            jnp.zeros(variable.aval.shape, wide_dtype(variable.aval.dtype))
+            for variable in closed_jaxpr(value).jaxpr.invars
         )
     )
-    return closed if isinstance(value, _ClosedJaxpr) else closed.jaxpr
+    return closed if isinstance(value, ClosedJaxpr) else closed.jaxpr
 
 
 def _natively(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
@@ -423,25 +260,7 @@ def _rounded(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Valu
 
 def _inline(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
     inner = replace(walk, callers=(*walk.callers, eqn))
-    return evaluate(_body(eqn), inputs, inner, seen)
-
-
-def inlined(eqn: Any) -> Any:
-    """The jaxpr of an equation that does nothing but run one; else `None`."""
-    return _body(eqn) if eqn.primitive.name in _INLINE else None
-
-
-def _body(eqn: Any) -> Any:
-    for key in ("jaxpr", "call_jaxpr", "call", "fun_jaxpr"):
-        if key in eqn.params:
-            return _closed(eqn.params[key])
-    raise KeyError(eqn.primitive.name)
-
-
-def _closed(jaxpr: Any) -> Any:
-    if isinstance(jaxpr, _ClosedJaxpr):
-        return jaxpr
-    return _ClosedJaxpr(jaxpr, ())
+    return evaluate(body_of(eqn), inputs, inner, seen)
 
 
 def _custom(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
@@ -454,7 +273,7 @@ def _custom(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value
         out = bind(eqn, _add([value.now for value in inputs], before))
         return [Value(x, x, moves=True) for x in _add(out, after)]
     within = replace(walk, inside=True, callers=(*walk.callers, eqn))
-    outputs = evaluate(_body(eqn), inputs, within, seen)
+    outputs = evaluate(body_of(eqn), inputs, within, seen)
     outputs = [promote(value, walk) for value in outputs]
     return _trusted(inputs, outputs, walk) if walk.path in walk.pulls else outputs
 
@@ -497,8 +316,8 @@ def _at(held: Any, walk: Walk) -> Any:
 def _scan(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
     params = eqn.params
     body = params["jaxpr"]
-    consts, carry, xs = _scan_parts(params, inputs)
-    flags = _scan_flags(params, [value.moves for value in inputs])
+    consts, carry, xs = scan_parts(params, inputs)
+    flags = scan_flags(params, [value.moves for value in inputs])
     carry = [promote(v, walk, m) for v, m in zip(carry, flags, strict=False)]
     taps, pulls = _within(walk.taps, walk.path), _within(walk.pulls, walk.path)
 
@@ -522,15 +341,6 @@ def _scan(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
     return [*last, *ys]
 
 
-def _scan_parts(params: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
-    if "ft_in" in params:  # from jax 0.12
-        parts = params["ft_in"].update(inputs).unpack()
-        return tuple(list(part) for part in parts)
-    first = params["num_consts"]
-    then = first + params["num_carry"]
-    return list(inputs[:first]), list(inputs[first:then]), list(inputs[then:])
-
-
 def _within(entries: Mapping[Path, Any], path: Path) -> dict[Path, Any]:
     return {key: x for key, x in entries.items() if key[: len(path)] == path}
 
@@ -540,7 +350,7 @@ def _while(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
     first = params["cond_nconsts"]
     then = first + params["body_nconsts"]
     tests, consts, carry = inputs[:first], inputs[first:then], inputs[then:]
-    flags = _while_flags(params, [value.moves for value in inputs])
+    flags = while_flags(params, [value.moves for value in inputs])
     carry = [promote(v, walk, m) for v, m in zip(carry, flags, strict=True)]
     inner = replace(walk, record=None, taps={}, callers=(*walk.callers, eqn))
 
@@ -591,7 +401,7 @@ def _select(test: Any, new: Any, old: Any) -> Any:
 def _cond(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
     index, *operands = inputs
     branches = eqn.params["branches"]
-    flags = _cond_flags(eqn.params, [value.moves for value in inputs])
+    flags = cond_flags(eqn.params, [value.moves for value in inputs])
     sites: Seen = {}
     if walk.record is not None:
         for number, branch in enumerate(branches):
@@ -625,7 +435,7 @@ def _cond(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
 
 
 def _zeros(aval: Any, walk: Walk) -> Any:
-    dtype = _wide_dtype(aval.dtype) if walk.wide else aval.dtype
+    dtype = wide_dtype(aval.dtype) if walk.wide else aval.dtype
     return jnp.zeros(aval.shape, dtype)
 
 
@@ -653,7 +463,7 @@ def _solve(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
 
     def apply(part: str, vector: list[Value]) -> list[Value]:
         out = evaluate(
-            _closed(getattr(jaxprs, part)), [*consts[part], *vector], walk, seen
+            closed_jaxpr(getattr(jaxprs, part)), [*consts[part], *vector], walk, seen
         )
         return [promote(value, walk) for value in out]
 
@@ -680,102 +490,13 @@ def _solve(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
     return [*refined, *solution[count:]]
 
 
-# Which variables depend on the parameters, without computing any.
-
-
-def _moving(closed: Any, flags: Sequence[bool]) -> list[bool]:
-    environment = dict(zip(closed.jaxpr.invars, flags, strict=True))
-    for eqn in closed.jaxpr.eqns:
-        inputs = [
-            not isinstance(atom, jax.extend.core.Literal)
-            and environment.get(atom, False)
-            for atom in eqn.invars
-        ]
-        outputs = [any(inputs)] * len(eqn.outvars)
-        name = eqn.primitive.name
-        if any(inputs):
-            if name in _INLINE or name in _CUSTOM:
-                outputs = _moving(_body(eqn), inputs)
-            elif name == "scan":
-                outputs = _scan_flags(eqn.params, inputs)
-            elif name == "while":
-                outputs = _while_flags(eqn.params, inputs)
-            elif name == "cond":
-                outputs = _cond_flags(eqn.params, inputs)
-        environment.update(zip(eqn.outvars, outputs, strict=True))
-    return [
-        not isinstance(atom, jax.extend.core.Literal) and environment.get(atom, False)
-        for atom in closed.jaxpr.outvars
-    ]
-
-
-def _scan_flags(params: Mapping[str, Any], flags: Sequence[bool]) -> list[bool]:
-    consts, carry, xs = _scan_parts(params, flags)
-    while True:
-        out = _moving(params["jaxpr"], [*consts, *carry, *xs])
-        after = [a or b for a, b in zip(carry, out, strict=False)]
-        if after == carry:
-            return [*carry, *out[len(carry) :]]
-        carry = after
-
-
-def _while_flags(params: Mapping[str, Any], flags: Sequence[bool]) -> list[bool]:
-    first = params["cond_nconsts"]
-    then = first + params["body_nconsts"]
-    tests, consts, carry = flags[:first], flags[first:then], list(flags[then:])
-    while True:
-        if _moving(params["cond_jaxpr"], [*tests, *carry])[0]:
-            return [True] * len(carry)
-        out = _moving(params["body_jaxpr"], [*consts, *carry])
-        after = [a or b for a, b in zip(carry, out, strict=True)]
-        if after == carry:
-            return carry
-        carry = after
-
-
-def _cond_flags(params: Mapping[str, Any], flags: Sequence[bool]) -> list[bool]:
-    branches = [_moving(branch, flags[1:]) for branch in params["branches"]]
-    return [flags[0] or any(out) for out in zip(*branches, strict=True)]
-
-
-_CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-_INLINE = (
-    "jit",
-    "pjit",
-    "remat2",
-    "remat",
-    "checkpoint",
-    "closed_call",
-    "core_call",
-    "core_closed_call",
-    "custom_vmap_call",
-)
-_SUMS = (
-    "add",
-    "add_any",
-    "sub",
-    "neg",
-    "reduce_sum",
-    "reshape",
-    "squeeze",
-    "broadcast_in_dim",
-    "transpose",
-    "convert_element_type",
-    "slice",
-    "concatenate",
-    "copy",
-    "gather",
-    "dynamic_slice",
-    "select_n",
-    "rev",
-    "pad",
-    "cumsum",
-)
 _DROPPED = ("debug_callback", "debug_print")
+
 _OPAQUE = ("pure_callback", "io_callback", "ffi_call", "pallas_call")
+
 _HANDLERS: dict[str, Callable[[Any, list[Value], Walk, Seen], list[Value]]] = {
-    **dict.fromkeys(_INLINE, _inline),
-    **dict.fromkeys(_CUSTOM, _custom),
+    **dict.fromkeys(INLINE, _inline),
+    **dict.fromkeys(CUSTOM, _custom),
     "scan": _scan,
     "while": _while,
     "cond": _cond,
@@ -785,120 +506,3 @@ _HANDLERS: dict[str, Callable[[Any, list[Value], Walk, Seen], list[Value]]] = {
     "bitcast_convert_type": _bits,
     "random_gamma": _drawn,
 }
-
-
-def rule_sites(
-    closed: Any,
-    path: Path = (),
-    lengths: tuple[int, ...] = (),
-    *,
-    nested: bool = False,
-) -> dict[Path, tuple[Any, tuple[int, ...]]]:
-    """The equations of custom rules, and the lengths of the scans they stand in.
-
-    Not those in a while loop, which has no reverse mode; those in another rule's
-    forward part only if `nested`.
-    """
-    sites: dict[Path, tuple[Any, tuple[int, ...]]] = {}
-    for number, eqn in enumerate(closed.jaxpr.eqns):
-        here, name = (*path, number), eqn.primitive.name
-        if name in _CUSTOM:
-            sites[here] = (eqn, lengths)
-        if name in _INLINE or (nested and name in _CUSTOM):
-            sites |= rule_sites(_body(eqn), here, lengths, nested=nested)
-        elif name == "scan":
-            inner = (*lengths, eqn.params["length"])
-            sites |= rule_sites(eqn.params["jaxpr"], here, inner, nested=nested)
-        elif name == "cond":
-            for branch, inside in enumerate(eqn.params["branches"]):
-                sites |= rule_sites(inside, (*here, branch), lengths, nested=nested)
-    return sites
-
-
-def equations(closed: Any) -> Iterator[Any]:
-    """All equations of a jaxpr, those inside others too, from the outside in."""
-    for eqn in closed.jaxpr.eqns:
-        yield eqn
-        for body in bodies(eqn):
-            yield from equations(body)
-
-
-def bodies(eqn: Any) -> list[Any]:
-    """The jaxprs that an equation holds, closed."""
-    items = [
-        item
-        for value in eqn.params.values()
-        for item in (value if isinstance(value, tuple) else (value,))
-    ]
-    kinds = jax.extend.core.Jaxpr, _ClosedJaxpr
-    return [_closed(item) for item in items if isinstance(item, kinds)]
-
-
-def taps_of(
-    closed: Any, trusted: Callable[[Place], bool]
-) -> dict[Path, tuple[list[Any], list[Any]]]:
-    """Zeros to add to the floating inputs and outputs of trusted rules."""
-
-    def zeros(atoms: Sequence[Any], lengths: tuple[int, ...]) -> list[Any]:
-        return [
-            jnp.zeros((*lengths, *atom.aval.shape), atom.aval.dtype)
-            if jnp.issubdtype(atom.aval.dtype, jnp.floating)
-            else None
-            for atom in atoms
-        ]
-
-    taps: dict[Path, tuple[list[Any], list[Any]]] = {}
-    for path, (eqn, lengths) in rule_sites(closed, nested=True).items():
-        inside = any(path[: len(outer)] == outer for outer in taps)
-        if trusted(rule_place(eqn)) and not inside:
-            taps[path] = zeros(eqn.invars, lengths), zeros(eqn.outvars, lengths)
-    return taps
-
-
-def rule_place(eqn: Any) -> Place:
-    """The function, file and line of an equation's custom rule."""
-    info = _body(eqn).jaxpr.debug_info.func_src_info or "a function"
-    name, _, where = info.partition(" at ")
-    file, _, line = where.rpartition(":")
-    return Place(name, file, int(line) if line.isdigit() else 0)
-
-
-def function_place(function: Callable[..., Any]) -> Place:
-    """The place of a function, as `rule_place` would give it."""
-    inner = inspect.unwrap(getattr(function, "fun", function))
-    code = getattr(inner, "__code__", None)
-    if code is None:
-        return Place(getattr(inner, "__name__", type(inner).__name__), "", 0)
-    return Place(inner.__name__, code.co_filename, code.co_firstlineno)
-
-
-_LIBRARIES = tuple(
-    {
-        os.path.realpath(folder) + os.sep
-        for folder in (
-            *site.getsitepackages(),
-            site.getusersitepackages(),
-            sysconfig.get_path("stdlib"),
-            os.path.dirname(__file__),
-        )
-    }
-)
-
-
-def in_library(file: str) -> bool:
-    """Whether a file is the standard library's, an installed package's, or ours."""
-    return os.path.realpath(file).startswith(_LIBRARIES)
-
-
-def source_of(*eqns: Any) -> Place:
-    """The innermost line outside of libraries of the first equation that has one.
-
-    Equations inside `jit` have none: those that they stand in come next.
-    """
-    for eqn in eqns:
-        traceback = eqn.source_info.traceback
-        for frame in traceback.frames if traceback else []:
-            if not in_library(frame.file_name):
-                name = frame.function_name.rpartition(".<locals>.")[2]
-                return Place(name, frame.file_name, frame.line_num)
-    return Place("a library's function", "", 0)
