@@ -150,6 +150,8 @@ class _Pair:
 
     def whole(self, part: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Undoes `part`, with zeros where the reference isn't known."""
+        if self.all_known:
+            return part.reshape(self.claimed.shape)
         flat = np.zeros(self.claimed.size, part.dtype)
         flat[self.known] = part
         return flat.reshape(self.claimed.shape)
@@ -162,7 +164,9 @@ def _norm(array: Array) -> float:
 def _fit(target: Array, source: Array) -> tuple[float, float]:
     """The factor that brings `source` closest to `target`, and what is left."""
     factor = float(np.vdot(source, target) / (np.vdot(source, source) or 1.0))
-    return factor, _norm(target - factor * source)
+    left = np.multiply(source, -factor)
+    left += target
+    return factor, _norm(left)
 
 
 def _simple(p: _Pair, others: Others, multiples: Mapping[int, str]) -> Iterator[_Guess]:
@@ -268,10 +272,13 @@ def _slices(p: _Pair) -> Iterator[_Guess]:
     """Each row or column has its own factor."""
     ours, right = p.whole(p.ours), p.whole(p.right)
     for kind, others in _axes(p):
-        squares = (right * right).sum(others, keepdims=True)
+        squares = np.square(right).sum(others, keepdims=True)
         factors = (ours * right).sum(others, keepdims=True)
         factors = np.where(squares, factors, 1) / np.where(squares, squares, 1)
-        left = _norm((ours - factors * right) / np.maximum(1, np.abs(factors)))
+        rest = factors * right
+        np.subtract(ours, rest, out=rest)
+        rest /= np.maximum(1, np.abs(factors))
+        left = _norm(rest)
         wrong = np.abs(factors - 1) * np.sqrt(squares)
         wrong = wrong > max(p.noise * p.right_norm, left)
         numbers = np.count_nonzero(right, others, keepdims=True)[wrong].sum()
