@@ -294,7 +294,11 @@ class Judge:
         if beyond and not wrong.any():
             # Many entries are a little off, each by less than it may be.
             wrong = (error > bars + noise) & ~settled
-        if not unclear and (wrong.any() or (beyond and not everywhere)):
+        # Of a sample some must be seen to be wrong; and on kinks another gradient than
+        # the candidate may be right as well.
+        whole = suspects.total is not None and not everywhere and not kinks
+        proven = beyond and whole
+        if not unclear and (wrong.any() or proven):
             shown = [k for k in np.argsort(-error, kind="stable") if wrong[k]][:_SHOWN]
             count = int(wrong.sum()) if everywhere else suspects.total
             return replace(
@@ -333,7 +337,9 @@ class Judge:
             if not count and off > np.linalg.norm(self._noise(number)):
                 beyond = error
                 count = np.count_nonzero(error > self.rtol * np.abs(right))
-            order = np.argsort(-beyond, axis=None)[: min(count, _SHOWN)]
+            # On kinks many a right entry differs: more of them are looked at.
+            most = 8 * _SHOWN if any(m.slope.kink for m in measured) else _SHOWN
+            order = np.argsort(-beyond, axis=None)[: min(count, most)]
             return Suspects(order, right, int(count))
         doubtful = [
             m for m in measured if not (m.between if m.slope.kink else m.agrees)
