@@ -19,7 +19,7 @@ corpus-test: $(VENV)/dev
 	JAXGRAD_WHOLE_CORPUS=1 $(BIN)/python -m pytest -q -n 2 \
 	  tests/test_corpus.py tests/test_check_corpus.py
 
-# Four checkers on the corpus, side by side: about 15 minutes.
+# Four checkers on the corpus, side by side: about 10 minutes.
 corpus: $(VENV)/dev
 	$(BIN)/python examples/benchmarks/check_corpus.py
 

@@ -38,7 +38,7 @@ class Claim(NamedTuple):
       tested: in float64, one array per leaf: what is judged.
       noise: how far rounding takes each entry of it; 0 if it was computed in float64.
       native: what the user gets; `None` where that is what is tested.
-      nudged: makes what is tested again, with the parameters moved by about a hundred
+      nudged: makes what is tested again, with the parameters moved by some fifty
         roundings; `None` where it wasn't computed in float64.
     """
 

@@ -43,14 +43,14 @@ from jaxgrad.pytrees import (
     split_static,
 )
 
-# What makes XLA compile a small program three to five times as fast.
+# What makes XLA compile a small program faster.
 _QUICK: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
 }
 # Below this many numbers in all variables together, a program takes longer to optimise
-# than to run: 4,000,000 float64 operations take about a millisecond each time.
+# than to run: so many float64 operations take milliseconds, optimising takes more.
 _SMALL = 4_000_000
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
 from jaxgrad.causes import Cause
+from jaxgrad.equations import Place
 from jaxgrad.tables import Report, Table, number
 
 Verdict = Literal[
@@ -108,7 +108,7 @@ class RuleCheck:
     @property
     def place(self) -> str:
         """`function` (file, line)."""
-        return f"`{self.function}` ({os.path.basename(self.file)}, line {self.line})"
+        return str(Place(self.function, self.file, self.line))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

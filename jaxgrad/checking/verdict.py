@@ -211,7 +211,7 @@ class Judge:
     def _nothing(self, number: int, m: Measured) -> bool:
         """Whether a gradient is zero up to rounding, and so the loss's values say.
 
-        Such as that of a bias before a batch norm. Moved by a hundred roundings, a
+        Such as that of a bias before a batch norm. Moved by fifty roundings, a
         gradient that is nothing but rounding becomes another; a small one stays. One so
         small that the loss would not change by a rounding is zero for all that shows.
         """
@@ -232,8 +232,8 @@ class Judge:
     def _by_rounding(self, number: int, measured: list[Measured]) -> bool:
         """Whether a gradient differs by no more than its own rounding.
 
-        As at an optimum: what is left of the gradient there is smaller than what a
-        hundred roundings of the parameters change in it, and far below the loss.
+        As at an optimum: what is left of the gradient there is smaller than ten times
+        what fifty roundings of the parameters change in it, and far below the loss.
         """
         faint = 0.1 * _FAINT * self.measuring.reference.scale
         if self.measuring.claim.nudged is None or not all(

@@ -439,8 +439,9 @@ def _zeros(aval: Any, walk: Walk) -> Any:
     return jnp.zeros(aval.shape, dtype)
 
 
-# How often a solve is refined: its system is that of the point, a step of up to 1 %
-# away, so that the error shrinks by that much, times the condition number, each time.
+# How often a solve is refined: its system is that of the point, a step away, so that
+# the error shrinks by the step's share, times the condition number, each time. Where a
+# long step doesn't converge, shorter ones do.
 _REFINEMENTS = 8
 
 
