@@ -14,15 +14,13 @@ from jaxgrad.equations.sites import (
     source_of,
     taps_of,
 )
-from jaxgrad.equations.values import Change, Value, bind, literal, still, wider
-from jaxgrad.equations.walking import Opaque, Seen, Walk, evaluate, step_of
+from jaxgrad.equations.values import Value, bind, literal, still, wider
+from jaxgrad.equations.walking import Opaque, Walk, evaluate, step_of
 
 __all__ = [
-    "Change",
     "Opaque",
     "Path",
     "Place",
-    "Seen",
     "Taps",
     "Value",
     "Walk",
