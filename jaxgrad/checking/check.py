@@ -13,16 +13,15 @@ import numpy as np
 
 from jaxgrad.checking.judging import Given, Judged, Options, judge
 from jaxgrad.checking.problem import (
-    Operands,
     Problem,
     as_numpy,
     epsilon,
     equations_of,
-    operands_of,
     scalar_function,
     spread,
 )
 from jaxgrad.checking.report import BAD, GradientCheck, LeafCheck
+from jaxgrad.operands import Operands, operands_of
 from jaxgrad.pytrees import Loss, PyTree, as_params, function_name, leaf_name
 
 
