@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import site
@@ -160,26 +161,49 @@ _LIBRARIES = tuple(
             *site.getsitepackages(),
             site.getusersitepackages(),
             sysconfig.get_path("stdlib"),
-            os.path.dirname(__file__),
+            os.path.dirname(os.path.dirname(__file__)),
         )
     }
 )
 
 
+@functools.cache
 def in_library(file: str) -> bool:
     """Whether a file is the standard library's, an installed package's, or ours."""
     return os.path.realpath(file).startswith(_LIBRARIES)
 
 
+def call(function: Callable[..., Any], *operands: Any) -> Any:
+    """Calls a function of the user's, so that its lines are told from its callers'."""
+    return function(*operands)
+
+
+def frames_of(eqn: Any) -> list[Place]:
+    """The lines that an equation came from, the innermost first.
+
+    Those outside of `call`, if it was made in one, aren't the function's own.
+    """
+    traceback = eqn.source_info.traceback
+    frames: list[Place] = []
+    for frame in traceback.frames if traceback else []:
+        if frame.file_name == __file__:
+            return frames
+        name = frame.function_name.rpartition(".<locals>.")[2]
+        frames.append(Place(name, frame.file_name, frame.line_num))
+    return frames
+
+
 def source_of(*eqns: Any) -> Place:
     """The innermost line outside of libraries of the first equation that has one.
 
-    Equations inside `jit` have none: those that they stand in come next.
+    Equations inside `jit` have none: those that they stand in come next. A function
+    that is all a library's has its own outermost line.
     """
+    outermost = Place("a library's function", "", 0)
     for eqn in eqns:
-        traceback = eqn.source_info.traceback
-        for frame in traceback.frames if traceback else []:
-            if not in_library(frame.file_name):
-                name = frame.function_name.rpartition(".<locals>.")[2]
-                return Place(name, frame.file_name, frame.line_num)
-    return Place("a library's function", "", 0)
+        frames = frames_of(eqn)
+        for frame in frames:
+            if not in_library(frame.file):
+                return frame
+        outermost = frames[-1] if frames else outermost
+    return outermost

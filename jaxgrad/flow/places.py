@@ -1,0 +1,86 @@
+"""Where a step of a frame stands: file, line and text, scope, iteration, branch."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from dataclasses import dataclass
+
+from jaxgrad.equations import Node, rule_place, source_of
+from jaxgrad.flow.frames import Frame
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A step of the loss, or of what is inside of one.
+
+    Attributes:
+      number: of the step in the trace, which this is or stands in.
+      operation: the primitive's name; of a custom rule the function's.
+      function: the function that its line stands in.
+      file: the file.
+      line: the line.
+      text: the line's text; empty where Python doesn't have it.
+      scope: the name stack: modules and `jax.named_scope`s, from the outside in.
+      iteration: of the innermost loop that it stands in, if any.
+      branch: of the innermost `cond` that it stands in, if any.
+    """
+
+    number: int
+    operation: str
+    function: str
+    file: str
+    line: int
+    text: str
+    scope: str
+    iteration: int | None
+    branch: int | None
+
+
+def spot_of(frame: Frame, number: int) -> Spot:
+    """The place of a frame's node; one of a backward frame is the step's it is of."""
+    inner = frame.node(number)
+    place = source_of(*inner.lines)
+    iteration = branch = None
+    operation = operation_of(inner)
+    while (outer := frame.outer) is not None:
+        if outer.kind == "iteration" and iteration is None:
+            iteration = outer.index
+        if outer.kind == "branch" and branch is None:
+            branch = outer.index
+        frame, number = outer.frame, outer.number
+        if outer.kind == "backward":
+            operation = operation_of(frame.node(number))
+    return Spot(
+        number,
+        operation,
+        place.function,
+        place.file,
+        place.line,
+        text_of(place.file, place.line),
+        scope_of(inner),
+        iteration,
+        branch,
+    )
+
+
+def operation_of(node: Node) -> str:
+    """The primitive's name; of a custom rule the function's."""
+    return rule_place(node.eqn).function if node.custom else node.name
+
+
+def text_of(file: str, line: int) -> str:
+    """A line of source; those of a notebook or the prompt Python keeps itself."""
+    return linecache.getline(file, line).strip()
+
+
+_TRANSFORMED = re.compile(r"\w+\(([^()]*)\)")
+
+
+def scope_of(node: Node) -> str:
+    """The name stack of an equation and its callers, without the transformations."""
+    parts = [str(eqn.source_info.name_stack) for eqn in (*node.callers, node.eqn)]
+    text = "/".join(parts)
+    while (plainer := _TRANSFORMED.sub(r"\1", text)) != text:
+        text = plainer
+    return "/".join(part for part in text.split("/") if part)

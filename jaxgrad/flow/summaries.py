@@ -1,0 +1,76 @@
+"""A large array in seven numbers."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an array holds; of complex numbers, what their magnitudes are.
+
+    Attributes:
+      size: how many entries it has.
+      min: the least of its finite entries; `nan` if there is none.
+      mean: the mean of those.
+      max: the greatest of those.
+      norm: their 2-norm.
+      zeros: how many entries are zero.
+      nonfinite: how many are infinite or NaN.
+      nan: how many are NaN.
+    """
+
+    size: int
+    min: float
+    mean: float
+    max: float
+    norm: float
+    zeros: int
+    nonfinite: int
+    nan: int
+
+
+@jax.jit
+def _numbers(array: Any) -> tuple[Any, ...]:
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.abs(array)
+    finite = jnp.isfinite(array)
+    # float16 and bfloat16 would overflow, or lose count.
+    wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    clean = jnp.where(finite, wide, 0)
+    count = jnp.sum(finite)
+    # Scaled, so that squares don't overflow.
+    scale = jnp.maximum(jnp.max(jnp.abs(clean), initial=0), 1e-30)
+    return (
+        jnp.min(jnp.where(finite, wide, jnp.inf), initial=jnp.inf),
+        jnp.sum(clean) / count,
+        jnp.max(jnp.where(finite, wide, -jnp.inf), initial=-jnp.inf),
+        scale * jnp.sqrt(jnp.sum((clean / scale) ** 2)),
+        jnp.sum(array == 0),
+        array.size - count,
+        jnp.sum(jnp.isnan(array)),
+    )
+
+
+def summary_of(array: Any) -> Summary:
+    """The numbers of an array, by one small program per shape and dtype."""
+    least, mean, most, norm, *counts = map(np.asarray, _numbers(array))
+    none = int(counts[1]) == array.size
+    least, mean, most = ((np.nan,) * 3) if none else (least, mean, most)
+    zeros, nonfinite, nan = map(int, counts)
+    return Summary(
+        int(array.size), float(least), float(mean), float(most), float(norm),
+        zeros, nonfinite, nan,
+    )  # fmt: skip
+
+
+@functools.cache
+def is_number(dtype: Any) -> bool:
+    """Whether a dtype is one of numbers or booleans, and not of keys."""
+    return not jnp.issubdtype(dtype, jax.dtypes.extended)

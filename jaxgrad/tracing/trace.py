@@ -1,0 +1,126 @@
+"""The call: `trace_gradient`."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxgrad.equations import call, graph_of, in_library
+from jaxgrad.flow import frame_of
+from jaxgrad.operands import operands_of
+from jaxgrad.pytrees import (
+    Loss,
+    PyTree,
+    as_params,
+    function_name,
+    kind_of,
+    loss_and_aux,
+)
+from jaxgrad.tracing.report import GradientTrace
+
+
+def trace_gradient(
+    loss: Loss, params: PyTree, *args: Any, has_aux: bool = False
+) -> GradientTrace:
+    r"""Shows every operation of a loss, and the gradient that flows back through it.
+
+    Each step of the loss has its value $v$ and its cotangent $\partial L / \partial v$,
+    from JAX's own backward pass, in one compiled program; and the line of your source
+    that it came from. Where the loss or a gradient is NaN or infinite, the trace says
+    where the first such number was made, why, and what to write instead; where a
+    parameter's gradient is zero, which steps stop it.
+
+    Args:
+      loss: a pure function `loss(params, *args)` that returns a real scalar.
+      params: any pytree. Arrays of floats are differentiated, of any shape and dtype;
+        integers and booleans are passed over.
+      *args: the rest of the loss's arguments.
+      has_aux: the loss returns `(loss, aux)`.
+
+    Returns:
+      A `GradientTrace`. It is true if the loss and its gradient are finite, and no
+      leaf's gradient is all zero, unless the loss is at a minimum.
+
+    Raises:
+      TypeError: there is nothing to differentiate, or a leaf is complex; the loss isn't
+        a real scalar; it needs the value of an array on the host (`float(x)`,
+        `x.item()`, `np.asarray(x)`, `if x > 0`).
+      ValueError: the loss is an array, not a scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxgrad
+      >>> loss = lambda w: jnp.where(w > 0, jnp.sqrt(w), 0.0)
+      >>> trace = jaxgrad.trace_gradient(loss, 0.0)
+      >>> bool(trace), trace.loss, float(trace.gradient)
+      (False, 0.0, nan)
+      >>> trace.first_nonfinite.operation, trace.first_nonfinite.kind
+      ('sqrt', 'infinite slope')
+
+    Source: Griewank and Walther, Evaluating Derivatives, 2nd edition, section 3.2; JAX,
+    "How JAX primitives work", https://docs.jax.dev/en/latest/jax-primitives.html.
+    """
+    params = as_params(params)
+    operands, leaves, integers = operands_of(params, args, None)
+    chosen = set(operands.chosen)
+    fixed = [n for i, n in enumerate(operands.names) if i not in chosen]
+
+    def scalar(values: Sequence[Any], fixed: Sequence[Any]) -> Any:
+        output = loss(*operands.merge(values, fixed))
+        return jnp.asarray(loss_and_aux(loss, output, has_aux)[0])
+
+    def traced(values: Sequence[Any], fixed: Sequence[Any]) -> Any:
+        return call(scalar, values, fixed)
+
+    try:
+        with jax.disable_jit(False):
+            closed = jax.make_jaxpr(traced)(operands.values, operands.fixed)
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+    ) as error:
+        raise TypeError(_needs_the_host(loss, error)) from error
+    except Exception as error:
+        error.add_note(f"while tracing the loss {function_name(loss)}")
+        raise
+    graph = graph_of(closed)
+    aval = graph.avals[graph.results[0]]
+    frame = frame_of(
+        graph,
+        [*operands.values, *operands.fixed],
+        [*leaves, *fixed],
+        range(len(leaves)),
+        {0: jnp.ones(aval.shape, aval.dtype)},
+    )
+    gradient = [frame.cotangents[place] for place in range(len(leaves))]
+    stock = iter(gradient)
+    tree = jax.tree.map(
+        lambda leaf: next(stock) if kind_of(leaf) == "differentiable" else None, params
+    )
+    return GradientTrace(
+        loss=float(frame.values[graph.results[0]]),
+        gradient=tree,
+        name=function_name(loss),
+        not_differentiable=tuple(name for name, _ in integers),
+        _frame=frame,
+    )
+
+
+def _needs_the_host(loss: Loss, error: Exception) -> str:
+    """Says which line of the loss asks for a number while it is being traced."""
+    where = ""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not in_library(frame.filename):
+            where = f" at {frame.filename}, line {frame.lineno}: `{frame.line}`"
+            break
+    return (
+        f"The loss {function_name(loss)} needs the value of an array on the host"
+        f"{where}. While a gradient is traced there are no values yet: keep to jnp "
+        "(`jnp.where` or `jax.lax.cond` for `if`, arrays for `float(x)`, `x.item()` "
+        "and NumPy), or pass what doesn't depend on params as a plain Python number "
+        "in *args."
+    )
