@@ -14,6 +14,7 @@ from jaxgrad.gradients import grad, value_and_grad
 from jaxgrad.losses import linear_loss, mean_squared_error, squared_error
 from jaxgrad.model import LinearParams, init_linear, linear
 from jaxgrad.sgd import SGDState, init_sgd, sgd_update
+from jaxgrad.tracing import GradientTrace, trace_gradient
 from jaxgrad.training import TrainResult, TrainState, train
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "EntryCheck",
     "Finding",
     "GradientCheck",
+    "GradientTrace",
     "LeafCheck",
     "LinearParams",
     "RuleCheck",
@@ -38,6 +40,7 @@ __all__ = [
     "mean_squared_error",
     "sgd_update",
     "squared_error",
+    "trace_gradient",
     "train",
     "value_and_grad",
 ]

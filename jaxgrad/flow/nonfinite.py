@@ -1,0 +1,98 @@
+"""All origins of numbers that aren't finite, and which comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.flow.frames import Frame
+from jaxgrad.flow.origins import Found, origin_of_gradient, origin_of_value
+from jaxgrad.flow.reasons import Origin, explain
+from jaxgrad.flow.summaries import is_number, summary_of
+
+
+def first_nonfinite(frame: Frame) -> Origin | None:
+    """The origin of what is bad in the loss or its gradient, the first if several.
+
+    Where both are finite, that of a NaN in between.
+    """
+    loss = frame.graph.results[0]
+    if _count(frame.values[loss]):
+        return explain(origin_of_value(frame, loss, ()), harmless=False)
+    leaves = [v for v in frame.moving if _count(frame.cotangents[v])]
+    found = [
+        explain(
+            origin_of_gradient(frame, v, _where(frame.cotangents[v])), harmless=False
+        )
+        for v in leaves
+    ]
+    if found:
+        return min(found, key=_order)
+    born = [explain(f, harmless=True) for f in _births(frame, nan=True)]
+    return min(born, key=_order, default=None)
+
+
+def all_nonfinite(frame: Frame) -> tuple[Origin, ...]:
+    """Every origin, infinities that do no harm among them, in order."""
+    first = first_nonfinite(frame)
+    harmless = first is None or first.harmless
+    births = [explain(f, harmless=harmless) for f in _births(frame, nan=False)]
+    every = [*([first] if first else []), *births]
+    unique = {_key(origin): origin for origin in reversed(every)}
+    return tuple(sorted(unique.values(), key=_order))
+
+
+def _order(origin: Origin) -> tuple[int, int]:
+    """As the program runs: forward through the steps, then backward."""
+    if origin.phase == "forward":
+        return 0, origin.number
+    return 1, -origin.number
+
+
+def _key(origin: Origin) -> tuple[Any, ...]:
+    return origin.number, origin.phase, origin.file, origin.line, origin.kind
+
+
+def _count(value: Any, *, nan: bool = False) -> int:
+    """How many entries aren't finite, or are NaN."""
+    if value is None or not is_number(value.dtype) or not np.size(value):
+        return 0
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        return 0
+    summary = summary_of(value)
+    return summary.nan if nan else summary.nonfinite
+
+
+def _where(value: Any) -> tuple[int, ...]:
+    """The first entry that is NaN, or else infinite."""
+    array = np.asarray(value)
+    mask = np.isnan(array)
+    mask = mask if mask.any() else ~np.isfinite(array)
+    return tuple(int(i) for i in np.unravel_index(int(mask.argmax()), array.shape))
+
+
+def _births(frame: Frame, *, nan: bool) -> Iterator[Found]:
+    """The first of the values and cotangents that aren't finite, or are NaN."""
+    graph = frame.graph
+    bad = {
+        v
+        for v in range(len(graph.avals))
+        if v in graph.needed or v in graph.maker
+        if _count(frame.values[v], nan=nan)
+    }
+    for variable in sorted(bad):
+        made = graph.maker.get(variable)
+        before: Sequence[int] = graph.nodes[made[0]].operands if made else ()
+        if not bad & set(before):
+            yield origin_of_value(frame, variable, _where(frame.values[variable]))
+    sick = {v for v, ct in frame.cotangents.items() if _count(ct, nan=nan)}
+    for variable in sorted(sick, reverse=True):
+        users = [graph.nodes[n] for n in graph.users.get(variable, ())]
+        after = {v for node in users for v in node.outputs}
+        used = {v for node in users for v in (*node.operands, *node.outputs)}
+        if not after & sick and not used & bad:
+            where = _where(frame.cotangents[variable])
+            yield origin_of_gradient(frame, variable, where)

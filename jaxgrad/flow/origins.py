@@ -1,0 +1,362 @@
+"""Follows a number that isn't finite back to the step that made the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxgrad.equations import bind
+from jaxgrad.flow.frames import (
+    Frame,
+    backward_of,
+    forward_of,
+    opens,
+    scan_of,
+    turns_of,
+)
+
+Index = tuple[int, ...]
+
+
+class Entry(NamedTuple):
+    """One number: an entry of a variable of a frame."""
+
+    frame: Frame
+    variable: int
+    index: Index
+
+    @property
+    def value(self) -> Any:
+        """The number."""
+        return np.asarray(self.frame.values[self.variable][self.index])
+
+
+class Found(NamedTuple):
+    """Where the first of the numbers that aren't finite comes from.
+
+    Attributes:
+      entry: the number: an input, a constant, or what a step made.
+      node: the step that made it of finite numbers; of an input or a constant the first
+        step that uses it.
+      given: whether it's an input or a constant.
+      born: where infinities became the NaN that was followed, if they did: a frame and
+        a node.
+    """
+
+    entry: Entry
+    node: int
+    given: bool
+    born: tuple[Frame, int] | None
+
+
+def origin_of_value(frame: Frame, variable: int, index: Index) -> Found:
+    """Follows the value of an entry back."""
+    born: tuple[Frame, int] | None = None
+    entry, used = Entry(frame, variable, index), 0
+    while True:
+        frame, variable, index = entry
+        made = frame.graph.maker.get(variable)
+        if made is None:
+            before = _outside(entry)
+            if before is None:
+                return Found(entry, used, True, born)
+            if isinstance(before, _Gradient):
+                found = origin_of_gradient(*before)
+                return found._replace(born=found.born or born)
+            if frame.outer is not None:
+                used = frame.outer.number
+            entry = before
+            continue
+        used, place = made
+        if opens(frame.node(used)):
+            entry = _inside(frame, used, place, index)
+            continue
+        entry_or_none, joint = _culprit(frame, used, place, index)
+        if entry_or_none is None:
+            return Found(entry, used, False, born)
+        if joint:
+            born = (frame, used)
+        entry = entry_or_none
+
+
+class _Gradient(NamedTuple):
+    """The cotangent of an entry, as what to follow next."""
+
+    frame: Frame
+    variable: int
+    index: Index
+
+
+def origin_of_gradient(frame: Frame, variable: int, index: Index) -> Found:
+    """Follows the cotangent of an entry back."""
+    while True:
+        after = _contribution(frame, variable, index)
+        if isinstance(after, Entry):
+            return origin_of_value(*after)
+        if isinstance(after, Found):
+            return after
+        frame, variable, index = after
+
+
+def bad(value: Any) -> bool:
+    """Whether a number is infinite or NaN."""
+    return not bool(np.isfinite(value))
+
+
+def _inside(frame: Frame, number: int, place: int, index: Index) -> Entry:
+    """An output of a step that opens, as an entry of what is inside of it."""
+    node = frame.node(number)
+    if node.name == "scan":
+        scan = scan_of(frame, number)
+        count = scan.counts[1]
+        if place >= count:
+            inner = forward_of(frame, number, index[0])
+            return Entry(inner, inner.graph.results[place], index[1:])
+        # The last iteration that still began with a finite number there.
+        began = np.asarray(scan.carries[place])[(slice(None), *index)]
+        since = [row for row in scan.order if not bad(began[row])]
+        if not since:
+            start = node.operands[scan.counts[0] + place]
+            return Entry(frame, start, index)
+        inner = forward_of(frame, number, since[-1])
+        return Entry(inner, inner.graph.results[place], index)
+    if node.name == "while":
+        skipped = node.eqn.params["cond_nconsts"] + node.eqn.params["body_nconsts"]
+        _, last = turns_of(
+            frame, number, lambda carry: jax.numpy.isfinite(carry[place][index])
+        )
+        if last < 0:
+            return Entry(frame, node.operands[skipped + place], index)
+        inner = forward_of(frame, number, last)
+        return Entry(inner, inner.graph.results[place], index)
+    inner = forward_of(frame, number)
+    return Entry(inner, inner.graph.results[place], index)
+
+
+def _outside(entry: Entry) -> Entry | _Gradient | None:
+    """An input of an inner frame, as what it is outside; `None` if it's given."""
+    frame, variable, index = entry
+    outer = frame.outer
+    if outer is None or variable >= frame.graph.inputs:
+        return None
+    node = outer.frame.node(outer.number)
+    if outer.kind == "backward":
+        count = len(node.operands)
+        if variable < count:
+            return Entry(outer.frame, node.operands[variable], index)
+        backward = backward_of(outer.frame, outer.number)
+        assert backward is not None
+        output = node.outputs[backward.outputs[variable - count]]
+        return _Gradient(outer.frame, output, index)
+    if outer.kind == "branch":
+        return Entry(outer.frame, node.operands[variable + 1], index)
+    if outer.kind == "forward":
+        return Entry(outer.frame, node.operands[variable], index)
+    if node.name == "while":
+        skipped = node.eqn.params["cond_nconsts"]
+        consts = node.eqn.params["body_nconsts"]
+        if variable < consts:
+            return Entry(outer.frame, node.operands[skipped + variable], index)
+        return _earlier(
+            outer.frame, outer.number, outer.index, variable - consts, index
+        )
+    first, count, _ = scan_of(outer.frame, outer.number).counts
+    if variable < first:
+        return Entry(outer.frame, node.operands[variable], index)
+    if variable >= first + count:
+        return Entry(outer.frame, node.operands[variable], (outer.index, *index))
+    return _earlier(outer.frame, outer.number, outer.index, variable - first, index)
+
+
+def _earlier(frame: Frame, number: int, row: int, place: int, index: Index) -> Entry:
+    """What an iteration was given in its carry, as what another one made."""
+    node = frame.node(number)
+    if node.name == "while":
+        skipped = node.eqn.params["cond_nconsts"] + node.eqn.params["body_nconsts"]
+        before = row - 1
+    else:
+        scan = scan_of(frame, number)
+        skipped = scan.counts[0]
+        turn = scan.order.index(row)
+        before = scan.order[turn - 1] if turn else -1
+    if before < 0:
+        return Entry(frame, node.operands[skipped + place], index)
+    inner = forward_of(frame, number, before)
+    return Entry(inner, inner.graph.results[place], index)
+
+
+def _contribution(
+    frame: Frame, variable: int, index: Index
+) -> Entry | Found | _Gradient:
+    """What makes the cotangent of an entry bad: one use of the variable, or their sum.
+
+    The backward pass goes through the last use first.
+    """
+    last = None
+    for number in reversed(frame.graph.users.get(variable, ())):
+        node = frame.node(number)
+        last = number if last is None else last
+        for place, operand in enumerate(node.operands):
+            if operand != variable:
+                continue
+            follow = _through(frame, number, place, index)
+            if follow is not None:
+                return follow
+    outer = frame.outer
+    if outer is not None and variable in frame.graph.results:
+        after = _beyond(frame, frame.graph.results.index(variable), index)
+        if after is not None:
+            return after
+    # Finite numbers whose sum isn't.
+    assert last is not None
+    return Found(Entry(frame, variable, index), last, False, None)
+
+
+def _through(
+    frame: Frame, number: int, place: int, index: Index
+) -> Entry | _Gradient | None:
+    """What a node adds to the cotangent of an entry, if that is bad."""
+    node = frame.node(number)
+    if node.name == "scan":
+        scan = scan_of(frame, number)
+        first, count, _ = scan.counts
+        if not scan.order:
+            return None
+        if place >= first + count:
+            rows, inner_index = [index[0]], index[1:]
+        elif place >= first:
+            rows, inner_index = [scan.order[0]], index
+        else:
+            rows, inner_index = list(reversed(scan.order)), index
+        for row in rows:
+            inner = forward_of(frame, number, row)
+            if place in inner.cotangents and bad(inner.cotangents[place][inner_index]):
+                return _Gradient(inner, place, inner_index)
+        return None
+    if node.name == "cond":
+        inner = forward_of(frame, number)
+        cotangent = inner.cotangents.get(place - 1)
+        if cotangent is None or not bad(cotangent[index]):
+            return None
+        return _Gradient(inner, place - 1, index)
+    backward = backward_of(frame, number)
+    if backward is None or place not in backward.operands:
+        return None
+    if not bad(backward.contribution(place)[index]):
+        return None
+    graph = backward.frame.graph
+    result = graph.results[backward.operands.index(place)]
+    return Entry(backward.frame, result, index)
+
+
+def _beyond(frame: Frame, place: int, index: Index) -> _Gradient | None:
+    """The cotangent that a result of an inner frame was given, if that is bad."""
+    outer = frame.outer
+    assert outer is not None
+    node = outer.frame.node(outer.number)
+    if outer.kind == "branch":
+        variable = node.outputs[place]
+    elif node.name == "scan":
+        scan = scan_of(outer.frame, outer.number)
+        if place >= scan.counts[1]:
+            variable, index = node.outputs[place], (outer.index, *index)
+        else:
+            turn = scan.order.index(outer.index) + 1
+            if turn < len(scan.order):
+                inner = forward_of(outer.frame, outer.number, scan.order[turn])
+                variable = scan.counts[0] + place
+                if not bad(inner.cotangents[variable][index]):
+                    return None
+                return _Gradient(inner, variable, index)
+            variable = node.outputs[place]
+    else:
+        return None
+    cotangent = outer.frame.cotangents.get(variable)
+    if cotangent is None or not bad(cotangent[index]):
+        return None
+    return _Gradient(outer.frame, variable, index)
+
+
+def _culprit(
+    frame: Frame, number: int, place: int, index: Index
+) -> tuple[Entry | None, bool]:
+    """The entry of a node's inputs that makes an entry of its output bad.
+
+    Found by trying: with the other bad entries replaced by 1, is the output still bad?
+    `None` if it is so with all of them replaced: then the node itself made it. The
+    second says if it takes more than one, or makes NaN of infinities.
+    """
+    node = frame.node(number)
+    operands = [np.asarray(x) if _real(x) else x for x in frame.operands(number)]
+    target = np.asarray(frame.values[node.outputs[place]][index])
+    wants_nan = bool(np.isnan(target))
+    masks = [~np.isfinite(x) if _real(x) else None for x in operands]
+    entries: list[tuple[int, int]] = [
+        (k, int(flat))
+        for k, mask in enumerate(masks)
+        if mask is not None
+        for flat in np.flatnonzero(mask)
+    ]
+    if not entries:
+        return None, False
+    apply = frame.once((number, "apply"), lambda: jax.jit(partial(bind, node.eqn)))
+
+    def still_bad(kept: Sequence[tuple[int, int]]) -> bool:
+        inputs = list(operands)
+        for k, mask in enumerate(masks):
+            if mask is not None and mask.any():
+                # 1 is in every function's domain, and no one's pole.
+                array = np.where(mask, np.ones((), operands[k].dtype), operands[k])
+                flat = [entry for operand, entry in kept if operand == k]
+                array.reshape(-1)[flat] = operands[k].reshape(-1)[flat]
+                inputs[k] = array
+        with jax.disable_jit(False):
+            out = np.asarray(apply(inputs)[place][index])
+        return bool(np.isnan(out)) if wants_nan else bad(out)
+
+    def entry_of(found: tuple[int, int]) -> Entry:
+        k, flat = found
+        where = tuple(int(i) for i in np.unravel_index(flat, operands[k].shape))
+        return Entry(frame, node.operands[k], where)
+
+    if still_bad([]):
+        return None, False
+    nans = [e for e in entries if np.isnan(operands[e[0]].reshape(-1)[e[1]])]
+    shape = frame.graph.avals[node.outputs[place]].shape
+    fits = [np.shape(x) in ((), shape) for x in operands]
+    same = [e for e in entries if fits[e[0]] and entry_of(e).index in ((), index)]
+    both = list(set(same) & set(nans))
+    for tried in (sorted(both), nans if wants_nan else [], same):
+        if tried and still_bad(tried):
+            entries = tried
+            break
+    found, joint = _narrow(entries, still_bad)
+    made_nan = wants_nan and not np.isnan(operands[found[0]].reshape(-1)[found[1]])
+    return entry_of(found), joint or made_nan
+
+
+def _real(value: Any) -> bool:
+    return bool(jax.numpy.issubdtype(value.dtype, jax.numpy.inexact))
+
+
+def _narrow(
+    entries: list[tuple[int, int]], still_bad: Callable[[Any], bool]
+) -> tuple[tuple[int, int], bool]:
+    """One of the entries that is enough, or of several that only are so together."""
+    context: list[tuple[int, int]] = []
+    joint = False
+    while len(entries) > 1:
+        half = len(entries) // 2
+        one, other = entries[:half], entries[half:]
+        if still_bad([*context, *one]):
+            entries = one
+        elif still_bad([*context, *other]):
+            entries = other
+        else:
+            joint = True
+            context, entries = [*context, *other], one
+    return entries[0], joint
