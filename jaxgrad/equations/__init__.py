@@ -2,6 +2,7 @@
 
 from jaxgrad.equations.dependence import scan_flags, scan_parts
 from jaxgrad.equations.graph import FLAT, Graph, Node, flow, graph_of, run
+from jaxgrad.equations.rules import bind_with_lines
 from jaxgrad.equations.sites import (
     Path,
     Place,
@@ -33,6 +34,7 @@ __all__ = [
     "Value",
     "Walk",
     "bind",
+    "bind_with_lines",
     "bodies",
     "body_of",
     "call",

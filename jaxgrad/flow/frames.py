@@ -15,7 +15,7 @@ from jax import lax
 from jaxgrad.equations import (
     Graph,
     Node,
-    bind,
+    bind_with_lines,
     body_of,
     call,
     flow,
@@ -490,7 +490,7 @@ def _backward(frame: Frame, number: int) -> Backward | None:
             inputs = list(operands)
             for place, value in zip(chosen, moved, strict=True):
                 inputs[place] = value
-            out = bind(node.eqn, inputs)
+            out = bind_with_lines(node.eqn, inputs)
             return [out[place] for place in seeds]
 
         _, pull = jax.vjp(outputs, [operands[place] for place in chosen])

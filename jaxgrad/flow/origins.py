@@ -43,19 +43,19 @@ class Found(NamedTuple):
       node: the step that made it of finite numbers; of an input or a constant the first
         step that uses it.
       given: whether it's an input or a constant.
-      born: where infinities became the NaN that was followed, if they did: a frame and
-        a node.
+      born: where infinities became the NaN that was followed, if they did: the NaN, and
+        the node that made it.
     """
 
     entry: Entry
     node: int
     given: bool
-    born: tuple[Frame, int] | None
+    born: tuple[Entry, int] | None
 
 
 def origin_of_value(frame: Frame, variable: int, index: Index) -> Found:
     """Follows the value of an entry back."""
-    born: tuple[Frame, int] | None = None
+    born: tuple[Entry, int] | None = None
     entry, used = Entry(frame, variable, index), 0
     while True:
         frame, variable, index = entry
@@ -79,7 +79,7 @@ def origin_of_value(frame: Frame, variable: int, index: Index) -> Found:
         if entry_or_none is None:
             return Found(entry, used, False, born)
         if joint:
-            born = (frame, used)
+            born = (entry, used)
         entry = entry_or_none
 
 

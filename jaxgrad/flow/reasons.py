@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxgrad.equations import Node, Place, in_library, rule_place, source_of
 from jaxgrad.flow.frames import Frame, opens
-from jaxgrad.flow.origins import Entry, Found, bad
+from jaxgrad.flow.origins import Entry, Found
 from jaxgrad.flow.places import Spot, operation_of, spot_of
 
 NonfiniteKind = Literal[
@@ -75,14 +75,14 @@ class Origin(Spot):
 def explain(found: Found, *, harmless: bool) -> Origin:
     """Says in words what was found."""
     frame, number, entry = found.entry.frame, found.node, found.entry
-    if found.born and _is_softmax(*found.born) and _is_mask(found):
-        frame, number = found.born
+    if found.born and _is_softmax(*found.born) and np.isneginf(entry.value):
+        entry, number = found.born
         kind: NonfiniteKind = "empty softmax"
         reason = (
             "every entry that softmax is taken over is -inf, so that its maximum is "
             "-inf too, and -inf - (-inf) is NaN: the mask leaves nothing."
         )
-        return _origin(frame, number, "forward", kind, reason, entry, harmless)
+        return _origin(entry.frame, number, "forward", kind, reason, entry, harmless)
     if found.given:
         return _given(found, harmless)
     outer = frame.outer
@@ -132,8 +132,8 @@ def _given(found: Found, harmless: bool) -> Origin:
     where = f" at {list(entry.index)}" if entry.index else ""
     reason = f"`{name}` is {entry.value}{where} already"
     if found.born:
-        frame, number = found.born
-        born = frame.node(number)
+        where, number = found.born
+        born = where.frame.node(number)
         line = source_of(*born.lines)
         reason += f", and `{operation_of(born)}` in {line} makes NaN of it"
     return _origin(
@@ -142,15 +142,10 @@ def _given(found: Found, harmless: bool) -> Origin:
     )  # fmt: skip
 
 
-def _is_mask(found: Found) -> bool:
-    """Whether what was found is a minus infinity, as masks for softmax have it."""
-    return bool(np.isneginf(found.entry.value))
-
-
-def _is_softmax(frame: Frame, number: int) -> bool:
+def _is_softmax(entry: Entry, number: int) -> bool:
     """Whether a node subtracts a maximum, as softmax and log-softmax do."""
-    node = frame.node(number)
-    return node.name == "sub" and "reduce_max" in _behind(frame, node.operands[1])
+    node = entry.frame.node(number)
+    return node.name == "sub" and "reduce_max" in _behind(entry.frame, node.operands[1])
 
 
 _PASSED = (
@@ -164,6 +159,7 @@ _PASSED = (
     "max",
     "transpose",
     "copy",
+    "abs",
 )
 
 
@@ -194,7 +190,7 @@ def _behind(frame: Frame, variable: int) -> Iterator[str]:
 def _operands_at(
     frame: Frame, number: int, index: tuple[int, ...]
 ) -> list[float | None]:
-    """The numbers that an entry of an output is made of, if it's made entry by entry."""
+    """The numbers that an entry of an output is made of, one of each operand."""
     node = frame.node(number)
     if node.name not in _BY_ENTRY:
         return [None] * len(node.operands)
@@ -240,8 +236,10 @@ _DOMAINS = {
 _BY_ENTRY = (
     *_DOMAINS,
     *_SLOPED,
-    *"add sub mul div rem integer_pow square exp exp2 expm1 atan2 neg abs".split(),
-    *"logistic tanh sinh cosh convert_element_type max min".split(),
+    "div",
+    "rem",
+    "integer_pow",
+    "atan2",
 )
 
 _MATRICES = ("lu", "triangular_solve", "custom_linear_solve", "slogdet", "inv", "det")
@@ -365,7 +363,7 @@ def _backward(frame: Frame, number: int, entry: Entry) -> tuple[NonfiniteKind, s
     outer = frame.outer
     assert outer is not None
     where, place = outer.frame, outer.number
-    step, inner = where.node(place), frame.node(number)
+    step = where.node(place)
     if step.custom and not in_library(rule_place(step.eqn).file):
         _, why = _forward(frame, number, entry.index)
         return "custom rule", f"the rule of `{operation_of(step)}` itself: {why}"
@@ -505,7 +503,7 @@ _REPAIRS: dict[str, str] = {
         "Mend it before it gets here: `jnp.nan_to_num`, or a mask that drops the row "
         "before anything is computed of it."
     ),
-    "custom rule": "Mend the rule: make its input safe before it divides or takes a root.",
+    "custom rule": "Mend the rule: make its input safe before it is divided by.",
     "zero times infinity": _USE_WHERE.format(code="    safe = jnp.where(ok, x, 1.0)"),
     "infinity minus infinity": "Keep both numbers finite before they are subtracted.",
 }
@@ -548,8 +546,3 @@ def _call_on(spot: Spot) -> tuple[tuple[str, str] | None, str]:
             if spot.operation == "pow" and isinstance(item.op, ast.Pow):
                 found = f"{{}} ** {right}", left
     return found, test
-
-
-def is_bad_entry(entry: Entry) -> bool:
-    """Whether an entry is infinite or NaN."""
-    return bad(entry.value)

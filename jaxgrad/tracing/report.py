@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from jaxgrad.flow import Frame, Origin, all_nonfinite, first_nonfinite
+from jaxgrad.flow import *
 from jaxgrad.tables import Report
 from jaxgrad.tracing.steps import Step, steps_of
 
@@ -35,3 +35,17 @@ class GradientTrace(Report):
     def nonfinite(self) -> tuple[Origin, ...]:
         """All."""
         return all_nonfinite(self._frame)
+
+    @cached_property
+    def blocked(self) -> Any:
+        """All."""
+        import numpy as np
+        f=self._frame
+        return {f.names[v]: blocks_of(f, v) for v in f.moving if not np.any(np.asarray(f.cotangents[v])!=0)}
+
+    @cached_property
+    def dead_entries(self) -> Any:
+        """All."""
+        f=self._frame
+        d={f.names[v]: dead_entries_of(f.cotangents[v]) for v in f.moving}
+        return {k: v for k,v in d.items() if v}

@@ -112,7 +112,7 @@ class Step:
 
     @property
     def stack(self) -> tuple[Place, ...]:
-        """All frames that the step came from, the library's too, the innermost first."""
+        """All frames that it came from, the library's too, the innermost first."""
         lines = self._frame.node(self.number).lines
         return tuple(place for eqn in lines for place in frames_of(eqn))
 

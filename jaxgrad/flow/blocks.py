@@ -1,0 +1,424 @@
+"""Where the gradient of a leaf dies: the steps that let nothing of it through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad.equations import FLAT, Node, bind, in_library, rule_place, run
+from jaxgrad.flow.frames import Frame, backward_of, forward_of, scan_of
+from jaxgrad.flow.places import Spot, spot_of
+
+Reason = Literal[
+    "stop_gradient",
+    "rounding",
+    "argmax",
+    "comparison",
+    "integer cast",
+    "flat",
+    "maximum's loser",
+    "saturation",
+    "underflow",
+    "branch not taken",
+    "zero factor",
+    "discarded",
+    "cancellation",
+    "at a minimum",
+    "custom rule",
+]
+
+EXPLAINED: dict[Reason, str] = {
+    "stop_gradient": "lets no gradient through",
+    "rounding": "is a staircase: its slope is zero everywhere",
+    "argmax": "returns places, which have no slope",
+    "comparison": "returns true or false, which has no slope",
+    "integer cast": "returns integers, which have no slope",
+    "flat": "is flat (a relu or a clip) at every entry",
+    "maximum's loser": "takes another number at every entry",
+    "saturation": "is saturated: its slope rounds to zero",
+    "underflow": "is so small that its slope, or a product, rounds to zero",
+    "branch not taken": "takes the other branch at every entry",
+    "zero factor": "multiplies it by zero",
+    "discarded": "makes what the loss doesn't use",
+    "cancellation": "is where the parts of its gradient cancel exactly",
+    "at a minimum": "has the slope zero here",
+    "custom rule": "has a hand-written rule that returns zero",
+}
+
+
+@dataclass(frozen=True)
+class Block(Spot):
+    """A step that stops the gradient of a leaf.
+
+    Attributes:
+      reason: a fixed word.
+    """
+
+    reason: Reason
+
+    @property
+    def why(self) -> str:
+        """The reason, for a person."""
+        return f"`{self.operation}` {EXPLAINED[self.reason]}"
+
+
+class _Blocked(NamedTuple):
+    frame: Frame
+    number: int
+    reason: Reason
+
+
+Reached = dict[int, Any]
+"""Per variable that depends on the leaf: a mask of the entries that do."""
+
+
+def blocks_of(frame: Frame, leaf: int) -> tuple[Block, ...]:
+    """The steps that stop a leaf's gradient, which is all zero; empty if it's unused."""
+    start = {leaf: np.ones(frame.graph.avals[leaf].shape, bool)}
+    found = list(_walk(frame, start))
+    if any(b.reason != "comparison" for b in found):
+        # A test that only chooses between branches isn't what stops the branches.
+        found = [b for b in found if not (b.reason == "comparison" and _chooses(b))]
+    blocks = []
+    for frame, number, reason in found:
+        block = Block(**vars(spot_of(frame, number)), reason=reason)
+        same = [b for b in blocks if (b.number, b.line) == (block.number, block.line)]
+        if not any(b.reason == reason for b in same):
+            blocks.append(block)
+    return tuple(blocks)
+
+
+def _walk(frame: Frame, reached: Reached) -> Iterator[_Blocked]:
+    """Goes forward from what depends on the leaf to the steps that stop it.
+
+    `reached` gets all variables that depend on the leaf and have the cotangent zero.
+    """
+    graph = frame.graph
+    alive: dict[int, list[int]] = {}
+    for number, node in enumerate(graph.nodes):
+        places = [p for p, v in enumerate(node.operands) if v in reached]
+        places = [p for p in places if reached[node.operands[p]].any()]
+        if not places:
+            continue
+        if not any(v in graph.needed for v in node.outputs):
+            if not any(v in graph.users for v in node.outputs):
+                yield _Blocked(frame, number, "discarded")
+            for v in node.outputs:
+                if graph.inexact(v):
+                    reached[v] = np.ones(graph.avals[v].shape, bool)
+            continue
+        stopped = _stops(frame, node)
+        if stopped:
+            yield _Blocked(frame, number, stopped)
+            continue
+        after = _dependent(frame, number, places, reached)
+        nonzero = {
+            v: _nonzero(frame.cotangents.get(v)) & mask for v, mask in after.items()
+        }
+        if node.name == "select_n" and _untaken(frame, node, places, reached):
+            yield _Blocked(frame, number, "branch not taken")
+        elif not any(mask.any() for mask in after.values()):
+            yield _Blocked(frame, number, "discarded")
+        if not any(mask.any() for mask in nonzero.values()):
+            for v, mask in after.items():
+                reached[v] = reached.get(v, False) | mask
+            continue
+        if node.name == "scan":
+            yield from _through_scan(frame, number, places, reached)
+            continue
+        if node.name == "cond":
+            yield from _through_cond(frame, number, places, reached)
+            continue
+        for place in places:
+            if _contributes(frame, number, place):
+                alive.setdefault(node.operands[place], []).append(number)
+            elif not (node.name == "select_n"):
+                yield _Blocked(frame, number, _reason(frame, number, place))
+    for numbers in alive.values():
+        yield _Blocked(frame, _meeting(frame, numbers), "cancellation")
+
+
+def _nonzero(cotangent: Any) -> Any:
+    return False if cotangent is None else np.asarray(cotangent) != 0
+
+
+def _stops(frame: Frame, node: Node) -> Reason | None:
+    """Whether a step has no slope, whatever its numbers."""
+    if node.name == "stop_gradient":
+        return "stop_gradient"
+    if node.name in FLAT:
+        return "rounding"
+    floats = [v for v in node.outputs if frame.graph.inexact(v)]
+    if any(v in frame.graph.needed for v in floats):
+        return None
+    if node.name in ("argmax", "argmin", "sort", "top_k", "approx_top_k"):
+        return "argmax"
+    return "integer cast" if node.name == "convert_element_type" else "comparison"
+
+
+def _chooses(blocked: _Blocked) -> bool:
+    """Whether the result of a comparison is used only to choose between branches."""
+    graph = blocked.frame.graph
+    tests = list(blocked.frame.node(blocked.number).outputs)
+    for test in tests:
+        for number in graph.users.get(test, ()):
+            node = graph.nodes[number]
+            if node.name == "select_n" and node.operands[0] == test:
+                continue
+            if any(graph.inexact(v) for v in node.outputs):
+                return False
+            tests += [v for v in node.outputs if v not in tests]
+    return True
+
+
+# Each output entry is one input entry, or none.
+_MOVES = (
+    "concatenate",
+    "pad",
+    "slice",
+    "dynamic_slice",
+    "dynamic_update_slice",
+    "gather",
+    "scatter",
+    "reshape",
+    "transpose",
+    "squeeze",
+    "broadcast_in_dim",
+    "rev",
+    "expand_dims",
+    "split",
+    "copy",
+    "select_n",
+    "convert_element_type",
+)
+# Each output entry is a sum of input entries, times those of another input.
+_SUMS = (
+    "dot_general",
+    "conv_general_dilated",
+    "reduce_sum",
+    "cumsum",
+    "scatter-add",
+    "scatter_add",
+)
+_BY_AXES = ("reduce_max", "reduce_min", "reduce_prod")
+
+
+def _dependent(
+    frame: Frame, number: int, places: list[int], reached: Reached
+) -> Reached:
+    """Which entries of a step's outputs depend on the entries of its inputs."""
+    node, graph = frame.node(number), frame.graph
+    outputs = [v for v in node.outputs if graph.inexact(v)]
+    masks = [reached.get(v) for v in node.operands]
+    shapes = {np.shape(graph.avals[v]) for v in (*node.operands, *outputs)} - {()}
+    if node.name in (*_MOVES, *_SUMS):
+        rest = np.ones if node.name in _SUMS else np.zeros
+        inputs = []
+        for place, value in enumerate(frame.operands(number)):
+            if not graph.inexact(node.operands[place]):
+                inputs.append(value)
+            elif place in places:
+                inputs.append(jnp.asarray(masks[place], value.dtype))
+            else:
+                inputs.append(jnp.asarray(rest(value.shape), value.dtype))
+        apply = frame.once((number, "apply"), lambda: jax.jit(partial(bind, node.eqn)))
+        out = dict(zip(node.outputs, apply(inputs), strict=True))
+        return {v: np.nan_to_num(np.asarray(out[v])) != 0 for v in outputs}
+    if node.name in _BY_AXES:
+        mask = masks[places[0]]
+        assert mask is not None
+        return {outputs[0]: mask.any(axis=tuple(node.eqn.params["axes"]))}
+    whole = any(mask.all() for p in places if (mask := masks[p]) is not None)
+    if len(shapes) == 1 and not whole and node.name not in _MIXING:
+        each = [mask for p in places if (mask := masks[p]) is not None]
+        (shape,) = shapes
+        return {v: np.broadcast_to(np.any(each, axis=0), shape) for v in outputs}
+    return {v: np.ones(graph.avals[v].shape, bool) for v in outputs}
+
+
+# Of one shape, and yet each output entry depends on many input entries.
+_MIXING = (
+    "sort",
+    "fft",
+    "cumprod",
+    "cummax",
+    "cummin",
+    "cumlogsumexp",
+    "cholesky",
+    "triangular_solve",
+    "lu",
+    "eigh",
+    "scan",
+    "cond",
+    "while",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_linear_solve",
+    "reduce_window",
+    "reduce_window_max",
+    "reduce_window_sum",
+    "householder_product",
+)
+
+
+def _untaken(frame: Frame, node: Node, places: list[int], reached: Reached) -> bool:
+    """Whether a `where` takes the other branch at an entry that has a gradient."""
+    slope = _nonzero(frame.cotangents.get(node.outputs[0]))
+    which = np.asarray(frame.values[node.operands[0]]).astype(int)
+    return any(
+        bool((slope & reached[node.operands[p]] & (which != p - 1)).any())
+        for p in places
+    )
+
+
+def _contributes(frame: Frame, number: int, place: int) -> bool:
+    """Whether a step lets any gradient through to an operand."""
+    backward = backward_of(frame, number)
+    if backward is None or place not in backward.operands:
+        return False
+    return bool(np.any(np.asarray(backward.contribution(place)) != 0))
+
+
+def _meeting(frame: Frame, numbers: list[int]) -> int:
+    """The first step that depends on all of the steps."""
+    graph = frame.graph
+    meeting = None
+    for number in dict.fromkeys(numbers):
+        reach = graph.moved_by(graph.nodes[number].outputs, smoothly=True)
+        after = {
+            n
+            for n, node in enumerate(graph.nodes)
+            if n == number or any(v in reach for v in node.operands)
+        }
+        meeting = after if meeting is None else meeting & after
+    return min(meeting or set(numbers))
+
+
+def _through_cond(
+    frame: Frame, number: int, places: list[int], reached: Reached
+) -> Iterator[_Blocked]:
+    inner = forward_of(frame, number)
+    start = {p - 1: reached[frame.node(number).operands[p]] for p in places if p}
+    used = {v for v in start if v in inner.graph.users or v in inner.graph.results}
+    if not used:
+        yield _Blocked(frame, number, "branch not taken")
+    yield from _walk(inner, dict(start))
+
+
+# Rows of a scan that are looked into: enough for what dies in every one of them.
+_ROWS = 256
+
+
+def _through_scan(
+    frame: Frame, number: int, places: list[int], reached: Reached
+) -> Iterator[_Blocked]:
+    node, scan = frame.node(number), scan_of(frame, number)
+    first, count, _ = scan.counts
+    carried: Reached = {
+        p: reached[node.operands[p]] for p in places if first <= p < first + count
+    }
+    for row in scan.order[:_ROWS]:
+        inner = forward_of(frame, number, row)
+        start = dict(carried)
+        for p in places:
+            mask = reached[node.operands[p]]
+            if p < first:
+                start[p] = mask
+            elif p >= first + count:
+                start[p] = mask[row]
+        yield from _walk(inner, start)
+        results = inner.graph.results[:count]
+        carried = {first + k: start[v] for k, v in enumerate(results) if v in start}
+
+
+# Slopes that are zero at a number, and not near it.
+_BOTTOMS = ("square", "integer_pow", "abs", "pow", "cos", "cosh", "sin")
+_WINNERS = ("max", "min", "reduce_max", "reduce_min", "cummax", "cummin", "sort")
+_LIMITED = ("logistic", "tanh", "erf", "erfc", "exp", "exp2", "expm1", "atan", "log1p")
+
+
+def _reason(frame: Frame, number: int, place: int) -> Reason:
+    """Why a step lets nothing through to an operand, though a gradient arrives."""
+    node = frame.node(number)
+    if node.custom:
+        names = {n.name for n in forward_of(frame, number).graph.nodes}
+        if not in_library(rule_place(node.eqn).file):
+            return "custom rule"
+        flat = names & {"max", "min", "clamp"} and not names & {"exp", "log"}
+        return "flat" if flat else "saturation"
+    if node.name == "clamp":
+        return "flat"
+    if node.name in ("max", "min"):
+        other = node.operands[1 - place]
+        return "maximum's loser" if other in frame.moves else "flat"
+    if node.name.startswith("reduce_window") or node.name in _WINNERS:
+        return "maximum's loser"
+    if node.name in ("mul", "dot_general", "conv_general_dilated"):
+        return _of_product(frame, number, place)
+    if node.name == "div":
+        return "zero factor" if place == 1 else "underflow"
+    if node.name in ("exp", "exp2"):
+        value = np.asarray(frame.values[node.outputs[0]])
+        return "underflow" if not value.any() else "saturation"
+    if node.name in _LIMITED:
+        return "saturation"
+    if node.name in ("reduce_prod", "cumprod"):
+        return "zero factor"
+    if node.name in (*_MOVES, *_SUMS):
+        small = node.name == "convert_element_type"
+        return "underflow" if small else "cancellation"
+    return "at a minimum" if node.name in _BOTTOMS else "saturation"
+
+
+def _of_product(frame: Frame, number: int, place: int) -> Reason:
+    """Why a product lets nothing through: a zero factor, rounding, or a sum of zero."""
+    node = frame.node(number)
+    if len(set(node.operands[:2])) == 1:
+        return "at a minimum"
+    backward = backward_of(frame, number)
+    assert backward is not None
+    graph = backward.frame.graph
+    result = graph.results[backward.operands.index(place)]
+    given = backward.frame.values[: graph.inputs]
+
+    def contribution(of: Any) -> bool:
+        inputs = [jnp.asarray(of(x), x.dtype) for x in given]
+        return bool(jnp.any(run(graph, inputs)[result] != 0))
+
+    if not contribution(lambda x: x != 0):
+        return "zero factor"
+    return "cancellation" if contribution(jnp.abs) else "underflow"
+
+
+class Dead(NamedTuple):
+    """Zeros in the gradient of a leaf that isn't all zero.
+
+    Attributes:
+      entries: how many entries are zero.
+      size: how many there are.
+      slices: per axis, the places where the whole slice is zero: the rows of an
+        embedding that were not looked up, the units that are dead.
+    """
+
+    entries: int
+    size: int
+    slices: tuple[tuple[int, ...], ...]
+
+
+def dead_entries_of(gradient: Any) -> Dead | None:
+    """The zeros of a gradient, unless there are none or nothing else."""
+    zero = np.asarray(gradient == 0)
+    if not zero.any() or zero.all():
+        return None
+    slices = []
+    for axis in range(zero.ndim):
+        rest = tuple(a for a in range(zero.ndim) if a != axis)
+        whole = zero.all(axis=rest)
+        slices.append(tuple(int(i) for i in np.flatnonzero(whole)))
+    return Dead(int(zero.sum()), int(zero.size), tuple(slices))
