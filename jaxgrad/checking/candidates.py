@@ -10,7 +10,8 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.checking.problem import Problem, Program, as_numpy, on_host
+from jaxgrad.checking.problem import Problem, as_numpy, on_host
+from jaxgrad.compiling import Program
 from jaxgrad.equations import Taps, Value, Walk, bind, evaluate, literal, still, wider
 
 

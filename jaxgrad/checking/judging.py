@@ -20,7 +20,6 @@ from jaxgrad.checking.problem import (
     Problem,
     WideGradient,
     as_numpy,
-    compile_all,
     epsilon,
     on_host,
 )
@@ -28,6 +27,7 @@ from jaxgrad.checking.reference import Reference
 from jaxgrad.checking.report import BAD, Finding, LeafCheck, RuleCheck
 from jaxgrad.checking.rules import check_rules
 from jaxgrad.checking.verdict import Judge
+from jaxgrad.compiling import compile_all
 from jaxgrad.equations import Opaque, equations
 
 

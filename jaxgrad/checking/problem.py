@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad.compiling import Program
 from jaxgrad.equations import (
     Path,
     Place,
     Taps,
     Value,
     Walk,
-    bodies,
+    count_numbers,
     equations,
     evaluate,
     function_place,
@@ -30,16 +30,6 @@ from jaxgrad.equations import (
     wider,
 )
 from jaxgrad.pytrees import Loss, function_name, is_array, loss_and_aux
-
-# What makes XLA compile a small program faster.
-_QUICK: dict[str, str | bool] = {
-    "xla_backend_optimization_level": "0",
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-# Below this many numbers in all variables together, a program takes longer to optimise
-# than to run: so many float64 operations take milliseconds, optimising takes more.
-_SMALL = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -75,49 +65,7 @@ class Problem:
     @cached_property
     def size(self) -> int:
         """How many numbers one evaluation of the loss makes, about."""
-        return count_numbers(self.loss)
-
-
-def count_numbers(closed: Any) -> int:
-    """The numbers in all variables of a jaxpr, those of a scan times its length."""
-    total = 0
-    for eqn in closed.jaxpr.eqns:
-        inside = sum(map(count_numbers, bodies(eqn))) * eqn.params.get("length", 1)
-        total += inside or sum(int(np.prod(v.aval.shape)) for v in eqn.outvars)
-    return total
-
-
-class Program:
-    """A function that is compiled for operands like those given, at its first call.
-
-    `compile_all` compiles several at the same time.
-    """
-
-    def __init__(self, function: Callable[..., Any], size: int, *operands: Any) -> None:
-        with jax.disable_jit(False):  # whatever the user's setting
-            self._lowered = jax.jit(function).lower(*operands)
-        self._small = size < _SMALL and jax.default_backend() == "cpu"
-        self._run: Any = None
-
-    def compile(self) -> None:
-        """Compiles, with little optimisation where that would take too long."""
-        if self._run is None and self._small:
-            with contextlib.suppress(Exception):  # an XLA without one of the options
-                self._run = self._lowered.compile(_QUICK)
-        if self._run is None:
-            self._run = self._lowered.compile()
-
-    def __call__(self, *operands: Any) -> Any:
-        """Runs it."""
-        self.compile()
-        with jax.disable_jit(False):
-            return self._run(*operands)
-
-
-def compile_all(programs: Sequence[Program]) -> None:
-    """Compiles side by side: XLA leaves Python free while it does."""
-    with ThreadPoolExecutor(max_workers=len(programs)) as pool:
-        list(pool.map(Program.compile, programs))
+        return count_numbers(self.loss.jaxpr.eqns)
 
 
 def scalar_function(loss: Loss, has_aux: bool, seed: int) -> Callable[..., Any]:

@@ -12,7 +12,8 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.checking.problem import Problem, Program, on_host, spread
+from jaxgrad.checking.problem import Problem, on_host, spread
+from jaxgrad.compiling import Program
 from jaxgrad.differences import LADDER, Slope, slope_of
 from jaxgrad.equations import (
     Opaque,

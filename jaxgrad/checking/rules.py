@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.checking.problem import Problem, Program, equations_of, on_host, project
+from jaxgrad.checking.problem import Problem, equations_of, on_host, project
 from jaxgrad.checking.report import BAD, LeafCheck, RuleCheck, Verdict
+from jaxgrad.compiling import Program
 from jaxgrad.equations import (
     Path,
     Place,

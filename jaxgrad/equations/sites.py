@@ -7,12 +7,13 @@ import inspect
 import os
 import site
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 
 ClosedJaxpr = jax.extend.core.ClosedJaxpr
 
@@ -75,6 +76,16 @@ def equations(closed: Any) -> Iterator[Any]:
         yield eqn
         for body in bodies(eqn):
             yield from equations(body)
+
+
+def count_numbers(eqns: Iterable[Any]) -> int:
+    """The numbers in all outputs of equations, those inside a scan times its length."""
+    total = 0
+    for eqn in eqns:
+        inside = sum(count_numbers(body.jaxpr.eqns) for body in bodies(eqn))
+        outputs = sum(int(np.prod(var.aval.shape)) for var in eqn.outvars)
+        total += inside * eqn.params.get("length", 1) or outputs
+    return total
 
 
 def bodies(eqn: Any) -> list[Any]:

@@ -1,6 +1,6 @@
 """What flows through a loss: where it goes bad, and where it dies."""
 
-from jaxgrad.flow.blocks import Block, Dead, Reason, blocks_of, dead_entries_of
+from jaxgrad.flow.blocks import Block, DeadEntries, Reason, blocks_of, dead_entries_of
 from jaxgrad.flow.frames import Frame, backward_of, forward_of, frame_of, opens
 from jaxgrad.flow.nonfinite import all_nonfinite, first_nonfinite
 from jaxgrad.flow.places import Spot, operation_of, scope_of, spot_of, text_of
@@ -9,7 +9,7 @@ from jaxgrad.flow.summaries import Summary, is_number, summary_of
 
 __all__ = [
     "Block",
-    "Dead",
+    "DeadEntries",
     "Frame",
     "NonfiniteKind",
     "Origin",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.equations import FLAT, Node, bind, in_library, rule_place, run
+from jaxgrad.equations import FLAT, Node, bind, frames_of, in_library, rule_place, run
 from jaxgrad.flow.frames import Frame, backward_of, forward_of, scan_of
 from jaxgrad.flow.places import Spot, spot_of
 
@@ -39,7 +41,7 @@ EXPLAINED: dict[Reason, str] = {
     "argmax": "returns places, which have no slope",
     "comparison": "returns true or false, which has no slope",
     "integer cast": "returns integers, which have no slope",
-    "flat": "is flat (a relu or a clip) at every entry",
+    "flat": "is flat at every entry",
     "maximum's loser": "takes another number at every entry",
     "saturation": "is saturated: its slope rounds to zero",
     "underflow": "is so small that its slope, or a product, rounds to zero",
@@ -79,14 +81,12 @@ Reached = dict[int, Any]
 
 
 def blocks_of(frame: Frame, leaf: int) -> tuple[Block, ...]:
-    """The steps that stop a leaf's gradient, which is all zero; empty if it's unused."""
+    """The steps that stop a leaf's gradient if it's all zero; none if it's unused."""
     start = {leaf: np.ones(frame.graph.avals[leaf].shape, bool)}
     found = list(_walk(frame, start))
-    if any(b.reason != "comparison" for b in found):
-        # A test that only chooses between branches isn't what stops the branches.
-        found = [b for b in found if not (b.reason == "comparison" and _chooses(b))]
-    blocks = []
-    for frame, number, reason in found:
+    blocks: list[Block] = []
+    # Where nothing else stops it, what is beside the point is the point.
+    for frame, number, reason in [b for b in found if not _aside(b)] or found:
         block = Block(**vars(spot_of(frame, number)), reason=reason)
         same = [b for b in blocks if (b.number, b.line) == (block.number, block.line)]
         if not any(b.reason == reason for b in same):
@@ -136,9 +136,9 @@ def _walk(frame: Frame, reached: Reached) -> Iterator[_Blocked]:
             yield from _through_cond(frame, number, places, reached)
             continue
         for place in places:
-            if _contributes(frame, number, place):
+            if _contributes(frame, number, place, reached[node.operands[place]]):
                 alive.setdefault(node.operands[place], []).append(number)
-            elif not (node.name == "select_n"):
+            elif node.name != "select_n":
                 yield _Blocked(frame, number, _reason(frame, number, place))
     for numbers in alive.values():
         yield _Blocked(frame, _meeting(frame, numbers), "cancellation")
@@ -162,6 +162,29 @@ def _stops(frame: Frame, node: Node) -> Reason | None:
     return "integer cast" if node.name == "convert_element_type" else "comparison"
 
 
+def _aside(blocked: _Blocked) -> bool:
+    """Whether a block beside others isn't what stops the gradient.
+
+    A test that only chooses between branches; what a library holds still, compares or
+    drops inside of a function, as softmax does its maximum.
+    """
+    if blocked.reason == "comparison" and _chooses(blocked):
+        return True
+    if blocked.reason not in ("stop_gradient", "comparison", "discarded"):
+        return False
+    for eqn in blocked.frame.node(blocked.number).lines:
+        for place in frames_of(eqn):
+            if not in_library(place.file):
+                return False
+            if _COMPOSED.search(place.file.replace(os.sep, "/")):
+                return True
+    return False
+
+
+# Functions of many steps; the rest of jax is what a user writes step by step.
+_COMPOSED = re.compile(r"/jax/_src/(nn|ops|scipy)/|/(optax|flax|equinox)/")
+
+
 def _chooses(blocked: _Blocked) -> bool:
     """Whether the result of a comparison is used only to choose between branches."""
     graph = blocked.frame.graph
@@ -180,6 +203,9 @@ def _chooses(blocked: _Blocked) -> bool:
 # Each output entry is one input entry, or none.
 _MOVES = (
     "concatenate",
+    "stack",
+    "unstack",
+    "tile",
     "pad",
     "slice",
     "dynamic_slice",
@@ -277,12 +303,12 @@ def _untaken(frame: Frame, node: Node, places: list[int], reached: Reached) -> b
     )
 
 
-def _contributes(frame: Frame, number: int, place: int) -> bool:
-    """Whether a step lets any gradient through to an operand."""
+def _contributes(frame: Frame, number: int, place: int, mask: Any) -> bool:
+    """Whether a step lets any gradient through to some entries of an operand."""
     backward = backward_of(frame, number)
     if backward is None or place not in backward.operands:
         return False
-    return bool(np.any(np.asarray(backward.contribution(place)) != 0))
+    return bool((mask & _nonzero(backward.contribution(place))).any())
 
 
 def _meeting(frame: Frame, numbers: list[int]) -> int:
@@ -370,7 +396,7 @@ def _reason(frame: Frame, number: int, place: int) -> Reason:
         return "saturation"
     if node.name in ("reduce_prod", "cumprod"):
         return "zero factor"
-    if node.name in (*_MOVES, *_SUMS):
+    if node.name in (*_MOVES, *_SUMS, "add", "sub"):
         small = node.name == "convert_element_type"
         return "underflow" if small else "cancellation"
     return "at a minimum" if node.name in _BOTTOMS else "saturation"
@@ -396,7 +422,7 @@ def _of_product(frame: Frame, number: int, place: int) -> Reason:
     return "cancellation" if contribution(jnp.abs) else "underflow"
 
 
-class Dead(NamedTuple):
+class DeadEntries(NamedTuple):
     """Zeros in the gradient of a leaf that isn't all zero.
 
     Attributes:
@@ -411,7 +437,7 @@ class Dead(NamedTuple):
     slices: tuple[tuple[int, ...], ...]
 
 
-def dead_entries_of(gradient: Any) -> Dead | None:
+def dead_entries_of(gradient: Any) -> DeadEntries | None:
     """The zeros of a gradient, unless there are none or nothing else."""
     zero = np.asarray(gradient == 0)
     if not zero.any() or zero.all():
@@ -421,4 +447,4 @@ def dead_entries_of(gradient: Any) -> Dead | None:
         rest = tuple(a for a in range(zero.ndim) if a != axis)
         whole = zero.all(axis=rest)
         slices.append(tuple(int(i) for i in np.flatnonzero(whole)))
-    return Dead(int(zero.sum()), int(zero.size), tuple(slices))
+    return DeadEntries(int(zero.sum()), int(zero.size), tuple(slices))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxgrad.compiling import Program
 from jaxgrad.equations import (
     Graph,
     Node,
@@ -104,10 +105,10 @@ class Frame:
 
 def flowing(
     graph: Graph, operands: Sequence[Any], moving: Sequence[int], places: Sequence[int]
-) -> Callable[[Sequence[Any], Sequence[Any]], tuple[dict[int, Any], dict[int, Any]]]:
+) -> Program:
     """Compiles `flow` for operands and for cotangents of the results at some places."""
 
-    def lower(smoothly: bool) -> Any:
+    def lower(smoothly: bool) -> Program:
         moved = graph.moved_by(moving, smoothly=smoothly)
         tapped = sorted(
             v for node in graph.nodes for v in node.outputs
@@ -120,16 +121,14 @@ def flowing(
 
         avals = [graph.avals[graph.results[place]] for place in places]
         seeds = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
-        return jax.jit(program).lower(operands, seeds)
+        return Program(program, graph.size, operands, seeds)
 
-    with jax.disable_jit(False):  # whatever the user's setting
-        try:
-            lowered = lower(smoothly=False)
-        except Exception:
-            # What comes after a `stop_gradient`, a while loop for instance, may have
-            # no reverse mode, and JAX itself never asks for it.
-            lowered = lower(smoothly=True)
-        return lowered.compile()  # type: ignore[no-any-return]
+    try:
+        return lower(smoothly=False)
+    except Exception:
+        # What comes after a `stop_gradient`, a while loop for instance, may have no
+        # reverse mode, and JAX itself never asks for it.
+        return lower(smoothly=True)
 
 
 def frame_of(
@@ -149,13 +148,14 @@ def frame_of(
     moving = tuple(v for v in moving if graph.inexact(v)) if seeds else ()
     if program is None:
         program = (
-            flowing(graph, operands, moving, list(seeds)) if moving else running(graph)
+            flowing(graph, operands, moving, list(seeds))
+            if moving
+            else running(graph, operands)
         )
-    with jax.disable_jit(False):
-        if moving:
-            made, cotangents = program(operands, list(seeds.values()))
-        else:
-            made, cotangents = program(operands), {}
+    if moving:
+        made, cotangents = program(operands, list(seeds.values()))
+    else:
+        made, cotangents = program(operands), {}
     values: list[Any] = [None] * len(graph.avals)
     values[: graph.inputs] = operands
     for variable, value in {**graph.constants, **made}.items():
@@ -163,14 +163,14 @@ def frame_of(
     return Frame(graph, values, cotangents, tuple(names), moving, outer)
 
 
-def running(graph: Graph) -> Any:
+def running(graph: Graph, operands: Sequence[Any]) -> Program:
     """Compiles the values of all nodes' outputs."""
 
     def program(operands: Sequence[Any]) -> dict[int, Any]:
         values = run(graph, operands)
         return {v: values[v] for node in graph.nodes for v in node.outputs}
 
-    return jax.jit(program)
+    return Program(program, graph.size, operands)
 
 
 def opens(node: Node) -> bool:
@@ -273,9 +273,9 @@ def _scan(frame: Frame, number: int) -> Scan:
     flags = [v in frame.moves for v in node.operands]
     outputs = scan_flags(params, flags)
     first, count = len(consts), len(carry)
-    given = [*flags[:first], *outputs[:count], *flags[first + count :]]
+    moved = [*flags[:first], *outputs[:count], *flags[first + count :]]
     seeds = _seeds(frame, node)
-    moving = tuple(i for i, m in enumerate(given) if m and graph.inexact(i))
+    moving = tuple(i for i, m in enumerate(moved) if m and graph.inexact(i))
     tapped = [i - first for i in moving if first <= i < first + count] if seeds else []
     length = params["length"]
 
@@ -309,8 +309,8 @@ def _scan(frame: Frame, number: int) -> Scan:
         )
         return carries, pull(seeds)[0]
 
-    with jax.disable_jit(False):
-        carries, cotangents = jax.jit(program)(operands, list(seeds.values()))
+    given = operands, list(seeds.values())
+    carries, cotangents = Program(program, graph.size * length, *given)(*given)
     rows = range(length)
     moving = moving if seeds else ()
     body = [*consts, *carry, *(x[0] for x in xs)] if length else []
@@ -319,7 +319,7 @@ def _scan(frame: Frame, number: int) -> Scan:
         compiled = (
             flowing(graph, body, moving, _body_places(seeds, cotangents, count))
             if moving
-            else running(graph)
+            else running(graph, body)
         )
     return Scan(
         carries=list(carries),
@@ -394,7 +394,8 @@ def turns_of(frame: Frame, number: int, watched: Callable[[list[Any]], Any]) -> 
         state = (jnp.int32(0), jnp.int32(-1), carry)
         return lax.while_loop(lambda state: goes_on(state[2]), turn, state)[:2]
 
-    count, last = jax.jit(program)(frame.operands(number))
+    operands = frame.operands(number)
+    count, last = Program(program, 0, operands)(operands)
     return int(count), int(last)
 
 
@@ -430,7 +431,10 @@ def _turn(frame: Frame, number: int, index: int) -> Frame:
         _, body, carry = _while_parts(node, operands)
         return lax.fori_loop(0, turns, lambda _, carry: body(carry), carry)
 
-    carry = frame.once((number, "turn"), lambda: jax.jit(program))(operands, index)
+    turns = jnp.int32(index)
+    carry = frame.once((number, "turn"), lambda: Program(program, 0, operands, turns))(
+        operands, turns
+    )
     graph = frame.once(
         (number, "body"),
         lambda: graph_of(node.eqn.params["body_jaxpr"], (*node.callers, node.eqn)),

@@ -23,15 +23,11 @@ def first_nonfinite(frame: Frame) -> Origin | None:
     if _count(frame.values[loss]):
         return explain(origin_of_value(frame, loss, ()), harmless=False)
     leaves = [v for v in frame.moving if _count(frame.cotangents[v])]
-    found = [
-        explain(
-            origin_of_gradient(frame, v, _where(frame.cotangents[v])), harmless=False
-        )
-        for v in leaves
-    ]
+    found = [origin_of_gradient(frame, v, _where(frame.cotangents[v])) for v in leaves]
     if found:
-        return min(found, key=_order)
-    born = [explain(f, harmless=True) for f in _births(frame, nan=True)]
+        return min((explain(f, harmless=False) for f in found), key=_order)
+    births = _births(frame, nan=True)
+    born = [explain(f, harmless=True) for f in births if not f.given]
     return min(born, key=_order, default=None)
 
 

@@ -432,9 +432,10 @@ def _kept_alive(frame: Frame, number: int) -> str:
         if not reached & set(node.operands):
             continue
         if node.name == "select_n":
-            line = source_of(*node.lines)
+            line, own = source_of(*node.lines), source_of(*frame.node(number).lines)
+            where = "" if line == own else f" in {line}"
             return (
-                f" `where` in {line} drops this value, but not its gradient: 0 times "
+                f" `where`{where} drops this value, but not its gradient: 0 times "
                 "infinity is NaN."
             )
         reached |= set(node.outputs)
@@ -460,7 +461,7 @@ def repair_of(kind: NonfiniteKind, spot: Spot, numbers: list[float | None]) -> s
             if spot.operation in ("div",):
                 test = condition or f"{argument} != 0"
             code = f"    safe = jnp.where({test}, {argument}, 1.0)\n"
-            code += f"    ... jnp.where({test}, {function.format('safe')}, 0.0)"
+            code += f"    jnp.where({test}, {function.format('safe')}, 0.0)"
             return _USE_WHERE.format(code=code)
         return _USE_WHERE.format(
             code="    safe = jnp.where(ok, x, 1.0)\n    jnp.where(ok, f(safe), 0.0)"

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad.compiling import Program
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -36,7 +38,6 @@ class Summary:
     nan: int
 
 
-@jax.jit
 def _numbers(array: Any) -> tuple[Any, ...]:
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         array = jnp.abs(array)
@@ -58,9 +59,17 @@ def _numbers(array: Any) -> tuple[Any, ...]:
     )
 
 
+@functools.cache
+def _program(aval: Any, sharding: Any) -> Program:
+    like = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
+    return Program(_numbers, int(np.prod(aval.shape)), like)
+
+
 def summary_of(array: Any) -> Summary:
     """The numbers of an array, by one small program per shape and dtype."""
-    least, mean, most, norm, *counts = map(np.asarray, _numbers(array))
+    array = jnp.asarray(array)
+    program = _program(jax.typeof(array), array.sharding)
+    least, mean, most, norm, *counts = map(np.asarray, program(array))
     none = int(counts[1]) == array.size
     least, mean, most = ((np.nan,) * 3) if none else (least, mean, most)
     zeros, nonfinite, nan = map(int, counts)

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from jaxgrad.flow import *
-from jaxgrad.tables import Report
-from jaxgrad.tracing.steps import Step, steps_of
+import numpy as np
+
+from jaxgrad.flow import (
+    Block,
+    DeadEntries,
+    Frame,
+    Origin,
+    Summary,
+    all_nonfinite,
+    blocks_of,
+    dead_entries_of,
+    first_nonfinite,
+)
+from jaxgrad.tables import Report, Table, plain
+from jaxgrad.tracing import drawing
+from jaxgrad.tracing.mermaid import mermaid_of
+from jaxgrad.tracing.steps import Step, shown, steps_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GradientTrace(Report):
-    """x."""
+    """What `trace_gradient` found.
+
+    Large arrays stay on their device; a summary of one is computed when it's asked for.
+
+    Attributes:
+      loss: its value.
+      gradient: as `jaxgrad.grad(loss)` gives it.
+      name: the loss's name, file and line.
+      not_differentiable: the leaves of integers and booleans.
+    """
 
     loss: float
     gradient: Any
@@ -27,25 +51,96 @@ class GradientTrace(Report):
         return tuple(steps_of(self._frame))
 
     @cached_property
+    def leaves(self) -> dict[str, np.ndarray | Summary | None]:
+        """The gradient of each leaf: the numbers if they are few."""
+        return {name: shown(array) for name, array in self._gradients.items()}
+
+    @cached_property
     def first_nonfinite(self) -> Origin | None:
-        """The origin of what is NaN or infinite in the loss or its gradient."""
+        """The origin of what is NaN or infinite in the loss or its gradient.
+
+        Where both are finite, that of a NaN in between, which is then `harmless`.
+        """
         return first_nonfinite(self._frame)
 
     @cached_property
     def nonfinite(self) -> tuple[Origin, ...]:
-        """All."""
+        """All origins of numbers that aren't finite, masked ones too, in order."""
         return all_nonfinite(self._frame)
 
     @cached_property
-    def blocked(self) -> Any:
-        """All."""
-        import numpy as np
-        f=self._frame
-        return {f.names[v]: blocks_of(f, v) for v in f.moving if not np.any(np.asarray(f.cotangents[v])!=0)}
+    def blocked(self) -> dict[str, tuple[Block, ...]]:
+        """Per leaf whose gradient is all zero: the steps that stop it.
+
+        None if the loss never uses the leaf.
+        """
+        frame = self._frame
+        return {
+            frame.names[v]: blocks_of(frame, v)
+            for v in frame.moving
+            if not np.any(np.asarray(frame.cotangents[v] != 0))
+        }
 
     @cached_property
-    def dead_entries(self) -> Any:
-        """All."""
-        f=self._frame
-        d={f.names[v]: dead_entries_of(f.cotangents[v]) for v in f.moving}
-        return {k: v for k,v in d.items() if v}
+    def dead_entries(self) -> dict[str, DeadEntries]:
+        """Per leaf that has some, but not only, zeros in its gradient: which."""
+        found = {n: dead_entries_of(array) for n, array in self._gradients.items()}
+        return {name: dead for name, dead in found.items() if dead is not None}
+
+    @cached_property
+    def ok(self) -> bool:
+        """Whether the loss and its gradient are finite, and no leaf's is all zero.
+
+        But for a leaf that is at a minimum.
+        """
+        return (self.first_nonfinite is None or self.first_nonfinite.harmless) and all(
+            blocks and all(block.reason == "at a minimum" for block in blocks)
+            for blocks in self.blocked.values()
+        )
+
+    @property
+    def _gradients(self) -> Mapping[str, Any]:
+        return {self._frame.names[v]: self._frame.cotangents[v] for v in self._moving}
+
+    @property
+    def _moving(self) -> tuple[int, ...]:
+        return self._frame.moving
+
+    def tables(self) -> list[Table]:
+        """The verdict, what is bad, and one row per source line and scope."""
+        return drawing.tables(self)
+
+    def _repr_html_(self) -> str:
+        return drawing.html_of(self)
+
+    def to_mermaid(self) -> str:
+        """The graph of the loss, for Mermaid, which GitHub draws.
+
+        Each step with its value and gradient, and a scalar's local derivative on the
+        arrow; a large trace by scope.
+        """
+        return mermaid_of(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, steps and all: `json.dumps(..., allow_nan=False)` takes it."""
+        steps = [
+            {
+                name: plain(getattr(step, name))
+                for name in (
+                    "number", "operation", "function", "file", "line", "text", "scope",
+                    "inputs", "shape", "dtype", "value", "cotangent",
+                )
+            }
+            for step in self.steps
+        ]  # fmt: skip
+        return {
+            "ok": self.ok,
+            "loss": plain(self.loss),
+            "leaves": plain(self.leaves),
+            "first_nonfinite": plain(self.first_nonfinite),
+            "nonfinite": plain(self.nonfinite),
+            "blocked": plain(self.blocked),
+            "dead_entries": plain(self.dead_entries),
+            "not_differentiable": plain(self.not_differentiable),
+            "steps": steps,
+        }
