@@ -20,13 +20,21 @@ _QUICK: dict[str, str | bool] = {
 _SMALL = 4_000_000
 
 
+def shaped(shape: Sequence[int], dtype: Any, sharding: Any = None) -> Any:
+    """What an array looks like, to compile for it."""
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)  # type: ignore[no-untyped-call]
+
+
 class Program:
     """A function that is compiled for operands like those given, at its first call.
 
+    `size` says how many numbers it makes, about: few, and it's compiled in a hurry.
     `compile_all` compiles several at the same time.
     """
 
-    def __init__(self, function: Callable[..., Any], size: int, *operands: Any) -> None:
+    def __init__(
+        self, function: Callable[..., Any], size: float, *operands: Any
+    ) -> None:
         with jax.disable_jit(False):  # whatever the user's setting
             self._lowered = jax.jit(function).lower(*operands)
         self._small = size < _SMALL and jax.default_backend() == "cpu"

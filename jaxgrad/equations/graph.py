@@ -11,7 +11,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 
-from jaxgrad.equations.sites import CUSTOM, INLINE, body_of, count_numbers
+from jaxgrad.equations.sites import CUSTOM, INLINE, body_of
 from jaxgrad.equations.values import bind, literal
 
 # Printing is left to the user's own runs.
@@ -80,11 +80,6 @@ class Graph:
             for number, node in enumerate(self.nodes)
             for place, variable in enumerate(node.outputs)
         }
-
-    @cached_property
-    def size(self) -> int:
-        """How many numbers one evaluation makes, about."""
-        return count_numbers(node.eqn for node in self.nodes)
 
     @cached_property
     def users(self) -> dict[int, tuple[int, ...]]:

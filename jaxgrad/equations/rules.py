@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import jax.extend.linear_util as lu
+import jax.numpy as jnp
 
+from jaxgrad.compiling import shaped
 from jaxgrad.equations.sites import call
 from jaxgrad.equations.values import bind
 
@@ -33,7 +35,7 @@ def bind_with_lines(eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def _traced_apart(bwd: Any) -> Any:
-    x64 = jax.config.jax_enable_x64
+    x64 = bool(jnp.result_type(float) == jnp.float64)
 
     def traced(avals: list[Any]) -> Any:
         with jax.enable_x64(x64), jax.disable_jit(False):
@@ -42,7 +44,7 @@ def _traced_apart(bwd: Any) -> Any:
             )
 
     def apart(*operands: Any) -> Any:
-        avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+        avals = [shaped(x.shape, x.dtype) for x in operands]
         with ThreadPoolExecutor(max_workers=1) as pool:
             closed = pool.submit(traced, avals).result()
         return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *operands)

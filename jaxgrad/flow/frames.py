@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgrad.compiling import Program
+from jaxgrad.compiling import Program, shaped
 from jaxgrad.equations import (
     Graph,
     Node,
@@ -25,8 +26,14 @@ from jaxgrad.equations import (
     scan_flags,
     scan_parts,
 )
+from jaxgrad.flow.summaries import is_number
 
 Kind = Literal["iteration", "branch", "forward", "backward"]
+
+
+# Programs are compiled as the user's own: in a hurry, XLA computes tanh otherwise, and
+# a number that is saturated in the user's run wouldn't be in the trace.
+_EXACT = math.inf
 
 
 class Opening(NamedTuple):
@@ -37,13 +44,13 @@ class Opening(NamedTuple):
       number: its node that was opened.
       kind: what was opened of it: an iteration of a loop, a branch, the forward part of
         a custom rule, or what any step does in the backward pass.
-      index: which iteration or branch.
+      place: which iteration or branch.
     """
 
     frame: Frame
     number: int
     kind: Kind
-    index: int = 0
+    place: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +97,7 @@ class Frame:
             several = len(self.node(number).outputs) > 1
             return f"#{number}[{place}]" if several else f"#{number}"
         value = self.graph.constants[variable]
-        if np.ndim(value) == 0 and not jax.dtypes.issubdtype(
-            value.dtype, jax.dtypes.extended
-        ):
+        if np.ndim(value) == 0 and is_number(value.dtype):
             return f"{np.asarray(value).item()!r}"
         return f"constant {value.dtype}{list(np.shape(value))}"
 
@@ -120,8 +125,8 @@ def flowing(
             return flow(graph, operands, moving, by_place, tapped)
 
         avals = [graph.avals[graph.results[place]] for place in places]
-        seeds = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
-        return Program(program, graph.size, operands, seeds)
+        seeds = [shaped(a.shape, a.dtype) for a in avals]
+        return Program(program, _EXACT, operands, seeds)
 
     try:
         return lower(smoothly=False)
@@ -170,7 +175,7 @@ def running(graph: Graph, operands: Sequence[Any]) -> Program:
         values = run(graph, operands)
         return {v: values[v] for node in graph.nodes for v in node.outputs}
 
-    return Program(program, graph.size, operands)
+    return Program(program, _EXACT, operands)
 
 
 def opens(node: Node) -> bool:
@@ -193,8 +198,8 @@ def forward_of(frame: Frame, number: int, index: int = 0) -> Frame:
     if node.name == "while":
         return _turn(frame, number, index)
     if node.name == "cond":
-        return frame.once((number, "branch"), partial(_branch, frame, number))
-    return frame.once((number, "forward"), partial(_rule, frame, number))
+        return frame.once((number, "branch"), partial(_branch, frame, number))  # type: ignore[no-any-return]
+    return frame.once((number, "forward"), partial(_rule, frame, number))  # type: ignore[no-any-return]
 
 
 def _rule(frame: Frame, number: int) -> Frame:
@@ -310,7 +315,7 @@ def _scan(frame: Frame, number: int) -> Scan:
         return carries, pull(seeds)[0]
 
     given = operands, list(seeds.values())
-    carries, cotangents = Program(program, graph.size * length, *given)(*given)
+    carries, cotangents = Program(program, _EXACT, *given)(*given)
     rows = range(length)
     moving = moving if seeds else ()
     body = [*consts, *carry, *(x[0] for x in xs)] if length else []
@@ -395,7 +400,7 @@ def turns_of(frame: Frame, number: int, watched: Callable[[list[Any]], Any]) -> 
         return lax.while_loop(lambda state: goes_on(state[2]), turn, state)[:2]
 
     operands = frame.operands(number)
-    count, last = Program(program, 0, operands)(operands)
+    count, last = Program(program, _EXACT, operands)(operands)
     return int(count), int(last)
 
 
@@ -432,8 +437,9 @@ def _turn(frame: Frame, number: int, index: int) -> Frame:
         return lax.fori_loop(0, turns, lambda _, carry: body(carry), carry)
 
     turns = jnp.int32(index)
-    carry = frame.once((number, "turn"), lambda: Program(program, 0, operands, turns))(
-        operands, turns
+    given = operands, turns
+    carry = frame.once((number, "turn"), lambda: Program(program, _EXACT, *given))(
+        *given
     )
     graph = frame.once(
         (number, "body"),

@@ -27,12 +27,12 @@ class Entry(NamedTuple):
 
     frame: Frame
     variable: int
-    index: Index
+    at: Index
 
     @property
     def value(self) -> Any:
         """The number."""
-        return np.asarray(self.frame.values[self.variable][self.index])
+        return np.asarray(self.frame.values[self.variable][self.at])
 
 
 class Found(NamedTuple):
@@ -88,7 +88,7 @@ class _Gradient(NamedTuple):
 
     frame: Frame
     variable: int
-    index: Index
+    at: Index
 
 
 def origin_of_gradient(frame: Frame, variable: int, index: Index) -> Found:
@@ -117,7 +117,7 @@ def _inside(frame: Frame, number: int, place: int, index: Index) -> Entry:
             inner = forward_of(frame, number, index[0])
             return Entry(inner, inner.graph.results[place], index[1:])
         # The last iteration that still began with a finite number there.
-        began = np.asarray(scan.carries[place])[(slice(None), *index)]
+        began = np.asarray(scan.carries[place][(slice(None), *index)])
         since = [row for row in scan.order if not bad(began[row])]
         if not since:
             start = node.operands[scan.counts[0] + place]
@@ -162,14 +162,14 @@ def _outside(entry: Entry) -> Entry | _Gradient | None:
         if variable < consts:
             return Entry(outer.frame, node.operands[skipped + variable], index)
         return _earlier(
-            outer.frame, outer.number, outer.index, variable - consts, index
+            outer.frame, outer.number, outer.place, variable - consts, index
         )
     first, count, _ = scan_of(outer.frame, outer.number).counts
     if variable < first:
         return Entry(outer.frame, node.operands[variable], index)
     if variable >= first + count:
-        return Entry(outer.frame, node.operands[variable], (outer.index, *index))
-    return _earlier(outer.frame, outer.number, outer.index, variable - first, index)
+        return Entry(outer.frame, node.operands[variable], (outer.place, *index))
+    return _earlier(outer.frame, outer.number, outer.place, variable - first, index)
 
 
 def _earlier(frame: Frame, number: int, row: int, place: int, index: Index) -> Entry:
@@ -263,9 +263,9 @@ def _beyond(frame: Frame, place: int, index: Index) -> _Gradient | None:
     elif node.name == "scan":
         scan = scan_of(outer.frame, outer.number)
         if place >= scan.counts[1]:
-            variable, index = node.outputs[place], (outer.index, *index)
+            variable, index = node.outputs[place], (outer.place, *index)
         else:
-            turn = scan.order.index(outer.index) + 1
+            turn = scan.order.index(outer.place) + 1
             if turn < len(scan.order):
                 inner = forward_of(outer.frame, outer.number, scan.order[turn])
                 variable = scan.counts[0] + place
@@ -328,7 +328,7 @@ def _culprit(
     nans = [e for e in entries if np.isnan(operands[e[0]].reshape(-1)[e[1]])]
     shape = frame.graph.avals[node.outputs[place]].shape
     fits = [np.shape(x) in ((), shape) for x in operands]
-    same = [e for e in entries if fits[e[0]] and entry_of(e).index in ((), index)]
+    same = [e for e in entries if fits[e[0]] and entry_of(e).at in ((), index)]
     both = list(set(same) & set(nans))
     for tried in (sorted(both), nans if wants_nan else [], same):
         if tried and still_bad(tried):

@@ -45,9 +45,9 @@ def spot_of(frame: Frame, number: int) -> Spot:
     operation = operation_of(inner)
     while (outer := frame.outer) is not None:
         if outer.kind == "iteration" and iteration is None:
-            iteration = outer.index
+            iteration = outer.place
         if outer.kind == "branch" and branch is None:
-            branch = outer.index
+            branch = outer.place
         frame, number = outer.frame, outer.number
         if outer.kind == "backward":
             operation = operation_of(frame.node(number))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.equations import Node, Place, in_library, rule_place, source_of
@@ -87,7 +88,7 @@ def explain(found: Found, *, harmless: bool) -> Origin:
         return _given(found, harmless)
     outer = frame.outer
     if outer is None or outer.kind != "backward":
-        kind, reason = _forward(frame, number, entry.index)
+        kind, reason = _forward(frame, number, entry.at)
         return _origin(frame, number, "forward", kind, reason, entry, harmless)
     step = outer.frame.node(outer.number)
     inner = frame.node(number)
@@ -96,7 +97,7 @@ def explain(found: Found, *, harmless: bool) -> Origin:
     )
     if again and not step.custom:
         # The step's own value, which its backward pass uses.
-        kind, reason = _forward(frame, number, entry.index)
+        kind, reason = _forward(frame, number, entry.at)
         return _origin(frame, number, "forward", kind, reason, entry, harmless)
     kind, reason = _backward(frame, number, entry)
     return _origin(frame, number, "backward", kind, reason, entry, harmless)
@@ -118,8 +119,8 @@ def _origin(
         phase=phase,
         kind=kind,
         reason=reason,
-        repair=repair_of(kind, spot, _operands_at(frame, number, entry.index)),
-        index=entry.index,
+        repair=repair_of(kind, spot, _operands_at(frame, number, entry.at)),
+        index=entry.at,
         name=name,
         harmless=harmless,
     )
@@ -129,11 +130,11 @@ def _given(found: Found, harmless: bool) -> Origin:
     entry = found.entry
     name = entry.frame.name_of(entry.variable)
     users = entry.frame.graph.users.get(entry.variable, (found.node,))
-    where = f" at {list(entry.index)}" if entry.index else ""
+    where = f" at {list(entry.at)}" if entry.at else ""
     reason = f"`{name}` is {entry.value}{where} already"
     if found.born:
-        where, number = found.born
-        born = where.frame.node(number)
+        nan, number = found.born
+        born = nan.frame.node(number)
         line = source_of(*born.lines)
         reason += f", and `{operation_of(born)}` in {line} makes NaN of it"
     return _origin(
@@ -315,9 +316,7 @@ def _overflow(frame: Frame, node: Node) -> tuple[NonfiniteKind, str]:
 
 
 def _finfo(dtype: Any) -> Any:
-    import jax.numpy as jnp
-
-    return jnp.finfo(dtype)
+    return jnp.finfo(dtype)  # type: ignore[no-untyped-call]
 
 
 def _callers_of(frame: Frame) -> Iterator[str]:
@@ -365,12 +364,12 @@ def _backward(frame: Frame, number: int, entry: Entry) -> tuple[NonfiniteKind, s
     where, place = outer.frame, outer.number
     step = where.node(place)
     if step.custom and not in_library(rule_place(step.eqn).file):
-        _, why = _forward(frame, number, entry.index)
+        _, why = _forward(frame, number, entry.at)
         return "custom rule", f"the rule of `{operation_of(step)}` itself: {why}"
-    numbers = _operands_at(where, place, entry.index)
+    numbers = _operands_at(where, place, entry.at)
     x = numbers[0] if numbers else None
     y = numbers[1] if len(numbers) > 1 else None
-    arriving = _arriving(frame, entry.index)
+    arriving = _arriving(frame, entry.at)
     kept = _kept_alive(where, place) if arriving == 0 else ""
     name = operation_of(step)
     if step.name in _EIGEN:
@@ -402,7 +401,7 @@ def _backward(frame: Frame, number: int, entry: Entry) -> tuple[NonfiniteKind, s
             "infinite slope",
             f"`{_SLOPED[step.name]}` at {_num(x)} has an infinite slope.{kept}",
         )
-    kind, why = _forward(frame, number, entry.index)
+    kind, why = _forward(frame, number, entry.at)
     return kind, f"in the backward pass of `{name}`, {why}{kept}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.compiling import Program
+from jaxgrad.compiling import Program, shaped
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _numbers(array: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def _program(aval: Any, sharding: Any) -> Program:
-    like = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
+    like = shaped(aval.shape, aval.dtype, sharding)
     return Program(_numbers, int(np.prod(aval.shape)), like)
 
 
@@ -69,14 +70,12 @@ def summary_of(array: Any) -> Summary:
     """The numbers of an array, by one small program per shape and dtype."""
     array = jnp.asarray(array)
     program = _program(jax.typeof(array), array.sharding)
-    least, mean, most, norm, *counts = map(np.asarray, program(array))
-    none = int(counts[1]) == array.size
-    least, mean, most = ((np.nan,) * 3) if none else (least, mean, most)
-    zeros, nonfinite, nan = map(int, counts)
-    return Summary(
-        int(array.size), float(least), float(mean), float(most), float(norm),
-        zeros, nonfinite, nan,
-    )  # fmt: skip
+    numbers = [np.asarray(x).item() for x in program(array)]
+    least, mean, most, norm, zeros, nonfinite, nan = numbers
+    if nonfinite == array.size:
+        least = mean = most = math.nan
+    size = int(array.size)
+    return Summary(size, least, mean, most, norm, zeros, nonfinite, nan)
 
 
 @functools.cache

@@ -112,7 +112,7 @@ def _lines(trace: GradientTrace) -> Table:
     kept = {id(row) for row in widest}
     files = {step.file for step in trace.steps}
     scoped = any(step.scope for step in trace.steps)
-    width = 50 - 21 * scoped - 12 * (len(files) > 1)
+    width = 45 - 21 * scoped - 12 * (len(files) > 1)
     lines = []
     for row in rows:
         if id(row) not in kept:
