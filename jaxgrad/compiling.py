@@ -29,15 +29,18 @@ class Program:
     """A function that is compiled for operands like those given, at its first call.
 
     `size` says how many numbers it makes, about: few, and it's compiled in a hurry.
+    `None` asks for the same numbers as the user's own program, as XLA optimises it: in
+    a hurry it computes tanh otherwise, and what is saturated might not be.
     `compile_all` compiles several at the same time.
     """
 
     def __init__(
-        self, function: Callable[..., Any], size: float, *operands: Any
+        self, function: Callable[..., Any], size: int | None, *operands: Any
     ) -> None:
         with jax.disable_jit(False):  # whatever the user's setting
             self._lowered = jax.jit(function).lower(*operands)
-        self._small = size < _SMALL and jax.default_backend() == "cpu"
+        few = size is not None and size < _SMALL
+        self._small = few and jax.default_backend() == "cpu"
         self._run: Any = None
 
     def compile(self) -> None:

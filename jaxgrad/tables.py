@@ -95,6 +95,30 @@ class Table:
         )
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What the reader should know beyond the table.
+
+    Attributes:
+      kind: a fixed word.
+      leaf: the leaf's path; empty if it's about the whole.
+      text: for a person.
+    """
+
+    kind: str
+    leaf: str
+    text: str
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """What the reader should know, under the tables."""
+    rows = [
+        [f.kind.replace("_", " "), f"{f.leaf}: {f.text}" if f.leaf else f.text]
+        for f in findings
+    ]
+    return Table("To know", ["", ""], rows)
+
+
 class Report:
     """The habits that every report of facts shares; a frozen dataclass derives from it.
 
@@ -150,6 +174,8 @@ def plain(value: Any) -> Any:
         value = jax.random.key_data(value)
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         array = np.asarray(value)
+        if array.dtype.kind == "c":
+            return {"real": plain(array.real), "imag": plain(array.imag)}
         if array.dtype.kind not in "biuUS":  # bfloat16 and its like aren't NumPy's
             array = array.astype(np.float64)
         return plain(array.tolist())

@@ -208,13 +208,17 @@ def source_of(*eqns: Any) -> Place:
     """The innermost line outside of libraries of the first equation that has one.
 
     Equations inside `jit` have none: those that they stand in come next. A function
-    that is all a library's has its own outermost line.
+    that is all a library's has the library's own line.
     """
-    outermost = Place("a library's function", "", 0)
+    fallback = None
     for eqn in eqns:
         frames = frames_of(eqn)
         for frame in frames:
             if not in_library(frame.file):
                 return frame
-        outermost = frames[-1] if frames else outermost
-    return outermost
+        own = [frame for frame in frames if not frame.file.startswith(_JAX)]
+        fallback = own[0] if own and fallback is None else fallback
+    return fallback or Place("a library's function", "", 0)
+
+
+_JAX = os.path.dirname(jax.__file__)

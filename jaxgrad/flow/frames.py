@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -29,11 +28,6 @@ from jaxgrad.equations import (
 from jaxgrad.flow.summaries import is_number
 
 Kind = Literal["iteration", "branch", "forward", "backward"]
-
-
-# Programs are compiled as the user's own: in a hurry, XLA computes tanh otherwise, and
-# a number that is saturated in the user's run wouldn't be in the trace.
-_EXACT = math.inf
 
 
 class Opening(NamedTuple):
@@ -126,7 +120,7 @@ def flowing(
 
         avals = [graph.avals[graph.results[place]] for place in places]
         seeds = [shaped(a.shape, a.dtype) for a in avals]
-        return Program(program, _EXACT, operands, seeds)
+        return Program(program, None, operands, seeds)
 
     try:
         return lower(smoothly=False)
@@ -175,7 +169,7 @@ def running(graph: Graph, operands: Sequence[Any]) -> Program:
         values = run(graph, operands)
         return {v: values[v] for node in graph.nodes for v in node.outputs}
 
-    return Program(program, _EXACT, operands)
+    return Program(program, None, operands)
 
 
 def opens(node: Node) -> bool:
@@ -315,7 +309,7 @@ def _scan(frame: Frame, number: int) -> Scan:
         return carries, pull(seeds)[0]
 
     given = operands, list(seeds.values())
-    carries, cotangents = Program(program, _EXACT, *given)(*given)
+    carries, cotangents = Program(program, None, *given)(*given)
     rows = range(length)
     moving = moving if seeds else ()
     body = [*consts, *carry, *(x[0] for x in xs)] if length else []
@@ -400,7 +394,7 @@ def turns_of(frame: Frame, number: int, watched: Callable[[list[Any]], Any]) -> 
         return lax.while_loop(lambda state: goes_on(state[2]), turn, state)[:2]
 
     operands = frame.operands(number)
-    count, last = Program(program, _EXACT, operands)(operands)
+    count, last = Program(program, None, operands)(operands)
     return int(count), int(last)
 
 
@@ -438,9 +432,7 @@ def _turn(frame: Frame, number: int, index: int) -> Frame:
 
     turns = jnp.int32(index)
     given = operands, turns
-    carry = frame.once((number, "turn"), lambda: Program(program, _EXACT, *given))(
-        *given
-    )
+    carry = frame.once((number, "turn"), lambda: Program(program, None, *given))(*given)
     graph = frame.once(
         (number, "body"),
         lambda: graph_of(node.eqn.params["body_jaxpr"], (*node.callers, node.eqn)),
