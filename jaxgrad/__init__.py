@@ -2,7 +2,6 @@
 
 from jaxgrad.checking import (
     EntryCheck,
-    Finding,
     GradientCheck,
     LeafCheck,
     RuleCheck,
@@ -10,34 +9,44 @@ from jaxgrad.checking import (
     check_gradient,
 )
 from jaxgrad.differences import DifferenceTable, difference_table
+from jaxgrad.explaining import EntryStep, LeafStep, StepExplanation, explain_step
 from jaxgrad.gradients import grad, value_and_grad
 from jaxgrad.losses import linear_loss, mean_squared_error, squared_error
 from jaxgrad.model import LinearParams, init_linear, linear
+from jaxgrad.pictures import plot_descent, plot_gradient_flow, plot_tangent
 from jaxgrad.sgd import SGDState, init_sgd, sgd_update
+from jaxgrad.tables import Finding
 from jaxgrad.tracing import GradientTrace, trace_gradient
 from jaxgrad.training import TrainResult, TrainState, train
 
 __all__ = [
     "DifferenceTable",
     "EntryCheck",
+    "EntryStep",
     "Finding",
     "GradientCheck",
     "GradientTrace",
     "LeafCheck",
+    "LeafStep",
     "LinearParams",
     "RuleCheck",
     "SGDState",
+    "StepExplanation",
     "TrainResult",
     "TrainState",
     "assert_gradient",
     "check_gradient",
     "difference_table",
+    "explain_step",
     "grad",
     "init_linear",
     "init_sgd",
     "linear",
     "linear_loss",
     "mean_squared_error",
+    "plot_descent",
+    "plot_gradient_flow",
+    "plot_tangent",
     "sgd_update",
     "squared_error",
     "trace_gradient",

@@ -184,7 +184,8 @@ def test_library_loss_has_its_own_line():
         jaxgrad.linear_loss, params, jnp.ones((4, 3)), jnp.ones((4, 1))
     )
     assert trace.ok
-    assert {step.file for step in trace.steps} == {jaxgrad.losses.__file__}
+    files = {jaxgrad.model.__file__, jaxgrad.losses.__file__}
+    assert {step.file for step in trace.steps} == files
 
 
 def test_lines_that_are_not_on_disk():

@@ -3,7 +3,6 @@
 from jaxgrad.checking.check import assert_gradient, check_gradient
 from jaxgrad.checking.report import (
     EntryCheck,
-    Finding,
     GradientCheck,
     LeafCheck,
     RuleCheck,
@@ -11,7 +10,6 @@ from jaxgrad.checking.report import (
 
 __all__ = [
     "EntryCheck",
-    "Finding",
     "GradientCheck",
     "LeafCheck",
     "RuleCheck",

@@ -24,11 +24,12 @@ from jaxgrad.checking.problem import (
     on_host,
 )
 from jaxgrad.checking.reference import Reference
-from jaxgrad.checking.report import BAD, Finding, LeafCheck, RuleCheck
+from jaxgrad.checking.report import BAD, LeafCheck, RuleCheck
 from jaxgrad.checking.rules import check_rules
 from jaxgrad.checking.verdict import Judge
 from jaxgrad.compiling import compile_all
 from jaxgrad.equations import Opaque, equations
+from jaxgrad.tables import Finding
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from jaxgrad.causes import Cause
 from jaxgrad.equations import Place
-from jaxgrad.tables import Report, Table, number
+from jaxgrad.tables import Finding, Report, Table, findings_table, number
 
 Verdict = Literal[
     "right",
@@ -31,21 +31,6 @@ _ORDER: tuple[Verdict, ...] = (
 BAD: tuple[Verdict, ...] = ("wrong", "nonfinite", "undecided")
 _ROWS = 20
 _ENTRIES = 6
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the reader should know beyond the table.
-
-    Attributes:
-      kind: a fixed word.
-      leaf: the leaf's path; empty if it's about the whole.
-      text: for a person.
-    """
-
-    kind: str
-    leaf: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -145,11 +130,7 @@ class GradientCheck(Report):
         if self.rules:
             tables.append(_rules(self.rules))
         if self.findings:
-            notes = [
-                [f.kind.replace("_", " "), f"{f.leaf}: {f.text}" if f.leaf else f.text]
-                for f in self.findings
-            ]
-            tables.append(Table("To know", ["", ""], notes))
+            tables.append(findings_table(self.findings))
         if self.second_order is not None:
             tables.append(Table("Second order: the Hessian times a fixed vector"))
             tables += self.second_order.tables()

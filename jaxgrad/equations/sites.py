@@ -221,4 +221,4 @@ def source_of(*eqns: Any) -> Place:
     return fallback or Place("a library's function", "", 0)
 
 
-_JAX = os.path.dirname(jax.__file__)
+_JAX = os.path.dirname(jax.__file__) + os.sep
