@@ -95,7 +95,7 @@ trace = jaxgrad.trace_gradient(neuron_loss, neuron, (1.0, 2.0, 3.0), 5.0)
 print("\nThe chain rule, from the loss back to w3:")
 slope = 1.0
 for step in reversed(trace.steps):
-    if step.operation in ("integer_pow", "sub") or "args[0][2]" in step.inputs:
+    if step.operation in ("integer_pow", "sub") or "w3" in step.inputs:
         slope *= step.local_derivatives[0]
         print(f"  times {step.local_derivatives[0]:g}  ({step.operation})")
 print(f"  is {slope:g}")
