@@ -190,6 +190,19 @@ def test_two_parameters(neuron):
     assert (tips < (right, high)).all()
 
 
+def test_the_path_that_training_took(neuron):
+    params, *data = neuron
+    path = [params]
+    for seed in range(4):  # any path, not only that of gradient descent
+        noise = 0.1 * jax.random.normal(jax.random.key(seed), (1, 3))
+        path.append(path[-1]._replace(weight=path[-1].weight + noise))
+    figure = plot_descent(jaxgrad.linear_loss, params, *data, entries=BOTH, path=path)
+    axes, _ = figure.axes  # the second is the colours' bar
+    assert axes.get_title().startswith("Training, 5 points")
+    _, marked = lines(axes)["path"].get_data()
+    np.testing.assert_allclose(marked, [p.weight[0, 2] for p in path])
+
+
 def test_contours_are_those_of_the_loss():
     def loss(p):
         return p[0] ** 2 + 4 * p[1] ** 2 + p[0] * p[1]
@@ -486,7 +499,26 @@ def test_a_tangent_needs_one_number_and_real_steps(w, options, words):
         ({"entries": []}, ValueError, "over one or two parameters"),
         ({}, ValueError, "over one or two parameters: name them, such as e"),
         ({"entries": [*BOTH, "bias[0]"]}, ValueError, "over one or two parameters"),
-        ({"entries": BOTH, "steps": -1}, ValueError, "steps is below 0"),
+        (
+            {"learning_rate": None, "entries": BOTH},
+            ValueError,
+            "either the path or a learning_rate",
+        ),
+        (
+            {"path": [1.0], "entries": BOTH},
+            ValueError,
+            "either the path or a learning_rate",
+        ),
+        (
+            {"path": [1.0], "learning_rate": None, "entries": BOTH},
+            ValueError,
+            "Point 0 of the path has the structure",
+        ),
+        (
+            {"path": [], "learning_rate": None, "entries": BOTH},
+            ValueError,
+            "No path to draw",
+        ),
         ({"entries": BOTH, "learning_rate": -1.0}, ValueError, "learning_rate"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,7 +28,8 @@ def plot_descent(
     params: PyTree,
     *args: Any,
     entries: str | Sequence[str] | None = None,
-    learning_rate: float | Float[ArrayLike, ""] | Schedule,
+    path: Iterable[PyTree] | None = None,
+    learning_rate: float | Float[ArrayLike, ""] | Schedule | None = None,
     steps: int = 20,
     has_aux: bool = False,
     axes: Axes | None = None,
@@ -43,13 +44,14 @@ def plot_descent(
 
     Args:
       loss: a pure function `loss(params, *args)` that returns a real scalar.
-      params: any pytree. Descent starts here.
+      params: any pytree. Descent starts here; with `path` it only gives the structure.
       *args: the rest of the loss's arguments.
       entries: the one or two parameters to draw over, by name, such as
         `layers[0].weight[3][2]`; a leaf that is a single number has no index, and
         `params[1]` is an entry of an array alone. `None` takes all, if there are two
         or one.
-      learning_rate: of `sgd_update`, which makes the path.
+      path: the points that training took, each with the structure of `params`.
+      learning_rate: of `sgd_update`, which makes the path where none is given.
       steps: how many updates it makes.
       has_aux: the loss returns `(loss, aux)`.
       axes: where to draw; `None` makes a new figure of 6 by 4 inches.
@@ -75,8 +77,18 @@ def plot_descent(
     trained = partition(params)[0]
     chosen = _choose(trained, entries)
     axes, places, count = drawable(axes), list(chosen.values()), len(chosen)
-    rows, notes, last, state = [], [], params, init_sgd(params)
-    for step in range(steps + 1):
+    if (path is None) == (learning_rate is None):
+        raise ValueError("Give either the path or a learning_rate that makes it.")
+    if path is None:
+        path = _descend(loss, params, args, learning_rate, steps, has_aux)
+    rows, notes, last, structure = [], [], params, jax.tree.structure(params)
+    for step, params in enumerate(map(as_params, path)):
+        if jax.tree.structure(params) != structure:
+            raise ValueError(
+                f"Point {step} of the path has the structure "
+                f"{jax.tree.structure(params)}; that of params, {structure}, was "
+                "expected."
+            )
         value, gradient = value_and_grad(loss, has_aux)(params, *args)
         trees = jax.tree.leaves(partition(params)[0]), jax.tree.leaves(gradient)
         found = [leaves[place][index] for leaves in trees for place, index in places]
@@ -86,11 +98,8 @@ def plot_descent(
             break
         rows.append(row)
         last = params
-        params, state = sgd_update(
-            params, grads=gradient, state=state, learning_rate=learning_rate
-        )
     if not rows:
-        raise ValueError(f"No path to draw: {''.join(notes) or 'steps is below 0'}.")
+        raise ValueError(f"No path to draw: {''.join(notes) or 'it has no points'}.")
     points, slopes, losses = np.split(np.array(rows), [count, -1], axis=1)
     low, high = points.min(0), points.max(0)
     size = np.maximum(np.abs(low), np.abs(high))
@@ -111,12 +120,32 @@ def plot_descent(
         _draw_path(axes, points, -slopes, 2 * half, "white")
     if sum(map(np.size, jax.tree.leaves(trained))) > count:
         notes.append("other parameters held at the last point")
-    title = f"Gradient descent, {len(points)} point{'s' if len(points) > 1 else ''}"
+    title = "Training" if learning_rate is None else "Gradient descent"
+    title += f", {len(points)} point{'s' if len(points) > 1 else ''}"
     axes.set_title("\n".join([title, *notes]), fontsize="medium")
     xlabel, ylabel = [*labels(chosen), "loss"][:2]
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(loc="best", fontsize="small")
     return axes.figure.figure
+
+
+def _descend(
+    loss: Loss,
+    params: PyTree,
+    args: tuple[Any, ...],
+    learning_rate: Any,
+    steps: int,
+    has_aux: bool,
+) -> Iterator[PyTree]:
+    """The points of gradient descent, the start among them."""
+    state = init_sgd(params)
+    yield params
+    for _ in range(steps):
+        _, gradient = value_and_grad(loss, has_aux)(params, *args)
+        params, state = sgd_update(
+            params, grads=gradient, state=state, learning_rate=learning_rate
+        )
+        yield params
 
 
 def _choose(trained: PyTree, names: str | Iterable[str] | None) -> dict[str, Any]:
