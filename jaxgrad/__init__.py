@@ -10,16 +10,19 @@ from jaxgrad.checking import (
 )
 from jaxgrad.differences import DifferenceTable, difference_table
 from jaxgrad.explaining import EntryStep, LeafStep, StepExplanation, explain_step
+from jaxgrad.flow import Block, DeadEntries, Origin, Summary
 from jaxgrad.gradients import grad, value_and_grad
 from jaxgrad.losses import linear_loss, mean_squared_error, squared_error
 from jaxgrad.model import LinearParams, init_linear, linear
 from jaxgrad.pictures import plot_descent, plot_gradient_flow, plot_tangent
 from jaxgrad.sgd import SGDState, init_sgd, sgd_update
 from jaxgrad.tables import Finding
-from jaxgrad.tracing import GradientTrace, trace_gradient
+from jaxgrad.tracing import GradientTrace, Output, Step, trace_gradient
 from jaxgrad.training import TrainResult, TrainState, train
 
 __all__ = [
+    "Block",
+    "DeadEntries",
     "DifferenceTable",
     "EntryCheck",
     "EntryStep",
@@ -29,9 +32,13 @@ __all__ = [
     "LeafCheck",
     "LeafStep",
     "LinearParams",
+    "Origin",
+    "Output",
     "RuleCheck",
     "SGDState",
+    "Step",
     "StepExplanation",
+    "Summary",
     "TrainResult",
     "TrainState",
     "assert_gradient",
