@@ -437,11 +437,9 @@ class DeadEntries(NamedTuple):
     slices: tuple[tuple[int, ...], ...]
 
 
-def dead_entries_of(gradient: Any) -> DeadEntries | None:
-    """The zeros of a gradient, unless there are none or nothing else."""
-    zero = np.asarray(gradient == 0)
-    if not zero.any() or zero.all():
-        return None
+def dead_entries_of(gradient: Any) -> DeadEntries:
+    """The zeros of a gradient."""
+    zero = np.asarray(gradient) == 0
     slices = []
     for axis in range(zero.ndim):
         rest = tuple(a for a in range(zero.ndim) if a != axis)

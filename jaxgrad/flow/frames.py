@@ -25,7 +25,7 @@ from jaxgrad.equations import (
     scan_flags,
     scan_parts,
 )
-from jaxgrad.flow.summaries import is_number
+from jaxgrad.flow.summaries import Summary, is_number, summary_of
 
 Kind = Literal["iteration", "branch", "forward", "backward"]
 
@@ -94,6 +94,10 @@ class Frame:
         if np.ndim(value) == 0 and is_number(value.dtype):
             return f"{np.asarray(value).item()!r}"
         return f"constant {value.dtype}{list(np.shape(value))}"
+
+    def summary(self, array: Any) -> Summary:
+        """The summary of one of its arrays."""
+        return self.once(id(array), lambda: summary_of(array))  # type: ignore[no-any-return]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Makes something of this frame at the first call."""

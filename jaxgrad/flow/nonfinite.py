@@ -11,7 +11,7 @@ import numpy as np
 from jaxgrad.flow.frames import Frame
 from jaxgrad.flow.origins import Found, origin_of_gradient, origin_of_value
 from jaxgrad.flow.reasons import Origin, explain
-from jaxgrad.flow.summaries import is_number, summary_of
+from jaxgrad.flow.summaries import is_number
 
 
 def first_nonfinite(frame: Frame) -> Origin | None:
@@ -20,9 +20,9 @@ def first_nonfinite(frame: Frame) -> Origin | None:
     Where both are finite, that of a NaN in between.
     """
     loss = frame.graph.results[0]
-    if _count(frame.values[loss]):
+    if _count(frame, frame.values[loss]):
         return explain(origin_of_value(frame, loss, ()), harmless=False)
-    leaves = [v for v in frame.moving if _count(frame.cotangents[v])]
+    leaves = [v for v in frame.moving if _count(frame, frame.cotangents[v])]
     found = [origin_of_gradient(frame, v, _where(frame.cotangents[v])) for v in leaves]
     if found:
         return min((explain(f, harmless=False) for f in found), key=_order)
@@ -52,13 +52,13 @@ def _key(origin: Origin) -> tuple[Any, ...]:
     return origin.number, origin.phase, origin.file, origin.line, origin.kind
 
 
-def _count(value: Any, *, nan: bool = False) -> int:
+def _count(frame: Frame, value: Any, *, nan: bool = False) -> int:
     """How many entries aren't finite, or are NaN."""
     if value is None or not is_number(value.dtype) or not np.size(value):
         return 0
     if not jnp.issubdtype(value.dtype, jnp.inexact):
         return 0
-    summary = summary_of(value)
+    summary = frame.summary(value)
     return summary.nan if nan else summary.nonfinite
 
 
@@ -77,14 +77,14 @@ def _births(frame: Frame, *, nan: bool) -> Iterator[Found]:
         v
         for v in range(len(graph.avals))
         if v in graph.needed or v in graph.maker
-        if _count(frame.values[v], nan=nan)
+        if _count(frame, frame.values[v], nan=nan)
     }
     for variable in sorted(bad):
         made = graph.maker.get(variable)
         before: Sequence[int] = graph.nodes[made[0]].operands if made else ()
         if not bad & set(before):
             yield origin_of_value(frame, variable, _where(frame.values[variable]))
-    sick = {v for v, ct in frame.cotangents.items() if _count(ct, nan=nan)}
+    sick = {v for v, ct in frame.cotangents.items() if _count(frame, ct, nan=nan)}
     for variable in sorted(sick, reverse=True):
         users = [graph.nodes[n] for n in graph.users.get(variable, ())]
         after = {v for node in users for v in node.outputs}

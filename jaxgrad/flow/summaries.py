@@ -49,15 +49,14 @@ def _numbers(array: Any) -> tuple[Any, ...]:
     count = jnp.sum(finite)
     # Scaled, so that squares don't overflow.
     scale = jnp.maximum(jnp.max(jnp.abs(clean), initial=0), 1e-30)
-    return (
+    floats = (
         jnp.min(jnp.where(finite, wide, jnp.inf), initial=jnp.inf),
         jnp.sum(clean) / count,
         jnp.max(jnp.where(finite, wide, -jnp.inf), initial=-jnp.inf),
         scale * jnp.sqrt(jnp.sum((clean / scale) ** 2)),
-        jnp.sum(array == 0),
-        array.size - count,
-        jnp.sum(jnp.isnan(array)),
     )
+    counts = jnp.sum(array == 0), array.size - count, jnp.sum(jnp.isnan(array))
+    return jnp.stack(floats), jnp.stack(counts)
 
 
 @functools.cache
@@ -70,8 +69,9 @@ def summary_of(array: Any) -> Summary:
     """The numbers of an array, by one small program per shape and dtype."""
     array = jnp.asarray(array)
     program = _program(jax.typeof(array), array.sharding)
-    numbers = [np.asarray(x).item() for x in program(array)]
-    least, mean, most, norm, zeros, nonfinite, nan = numbers
+    floats, counts = map(np.asarray, program(array))
+    least, mean, most, norm = floats.tolist()
+    zeros, nonfinite, nan = counts.tolist()
     if nonfinite == array.size:
         least = mean = most = math.nan
     size = int(array.size)

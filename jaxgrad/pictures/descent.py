@@ -81,13 +81,14 @@ def plot_descent(
         raise ValueError("Give either the path or a learning_rate that makes it.")
     if path is None:
         path = _descend(loss, params, args, learning_rate, steps, has_aux)
-    rows, notes, last, structure = [], [], params, jax.tree.structure(params)
+    rows, notes, last = [], [], params
+    structure: Any = jax.tree.structure(params)
     for step, params in enumerate(map(as_params, path)):
-        if jax.tree.structure(params) != structure:
+        other: Any = jax.tree.structure(params)
+        if other != structure:
             raise ValueError(
-                f"Point {step} of the path has the structure "
-                f"{jax.tree.structure(params)}; that of params, {structure}, was "
-                "expected."
+                f"Point {step} of the path has the structure {other}; that of params, "
+                f"{structure}, was expected."
             )
         value, gradient = value_and_grad(loss, has_aux)(params, *args)
         trees = jax.tree.leaves(partition(params)[0]), jax.tree.leaves(gradient)

@@ -53,7 +53,8 @@ class GradientTrace(Report):
     @cached_property
     def leaves(self) -> dict[str, np.ndarray | Summary | None]:
         """The gradient of each leaf: the numbers if they are few."""
-        return {name: shown(array) for name, array in self._gradients.items()}
+        every = self._gradients.items()
+        return {name: shown(self._frame, array) for name, array in every}
 
     @cached_property
     def first_nonfinite(self) -> Origin | None:
@@ -78,14 +79,17 @@ class GradientTrace(Report):
         return {
             frame.names[v]: blocks_of(frame, v)
             for v in frame.moving
-            if not np.any(np.asarray(frame.cotangents[v] != 0))
+            if frame.summary(frame.cotangents[v]).zeros == frame.cotangents[v].size > 0
         }
 
     @cached_property
     def dead_entries(self) -> dict[str, DeadEntries]:
         """Per leaf that has some, but not only, zeros in its gradient: which."""
-        found = {n: dead_entries_of(array) for n, array in self._gradients.items()}
-        return {name: dead for name, dead in found.items() if dead is not None}
+        return {
+            name: dead_entries_of(array)
+            for name, array in self._gradients.items()
+            if 0 < self._frame.summary(array).zeros < array.size
+        }
 
     @cached_property
     def ok(self) -> bool:
@@ -100,11 +104,8 @@ class GradientTrace(Report):
 
     @property
     def _gradients(self) -> Mapping[str, Any]:
-        return {self._frame.names[v]: self._frame.cotangents[v] for v in self._moving}
-
-    @property
-    def _moving(self) -> tuple[int, ...]:
-        return self._frame.moving
+        frame = self._frame
+        return {frame.names[v]: frame.cotangents[v] for v in frame.moving}
 
     def tables(self) -> list[Table]:
         """The verdict, what is bad, and one row per source line and scope."""

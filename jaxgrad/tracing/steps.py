@@ -21,7 +21,6 @@ from jaxgrad.flow import (
     opens,
     operation_of,
     scope_of,
-    summary_of,
     text_of,
 )
 
@@ -40,25 +39,25 @@ class Output:
 
     shape: tuple[int, ...]
     dtype: str
-    _value: Any = field(repr=False)
-    _cotangent: Any = field(repr=False)
+    _frame: Frame = field(repr=False)
+    _variable: int = field(repr=False)
 
     @cached_property
     def value(self) -> np.ndarray | Summary | None:
         """Its value: the numbers if they are few; `None` for keys."""
-        return shown(self._value)
+        return shown(self._frame, self._frame.values[self._variable])
 
     @cached_property
     def cotangent(self) -> np.ndarray | Summary | None:
         """The gradient of the loss with respect to it; `None` if it has none."""
-        return shown(self._cotangent)
+        return shown(self._frame, self._frame.cotangents.get(self._variable))
 
 
-def shown(array: Any) -> np.ndarray | Summary | None:
+def shown(frame: Frame, array: Any) -> np.ndarray | Summary | None:
     """An array's numbers if they are few, else a summary."""
     if array is None or not is_number(array.dtype):
         return None
-    return np.asarray(array) if np.size(array) <= SMALL else summary_of(array)
+    return np.asarray(array) if np.size(array) <= SMALL else frame.summary(array)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,8 +183,8 @@ def steps_of(frame: Frame) -> Iterator[Step]:
             Output(
                 tuple(frame.graph.avals[v].shape),
                 str(frame.graph.avals[v].dtype),
-                frame.values[v],
-                frame.cotangents.get(v),
+                frame,
+                v,
             )
             for v in node.outputs
         )
