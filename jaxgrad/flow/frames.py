@@ -508,10 +508,10 @@ def _backward(frame: Frame, number: int) -> Backward | None:
     names = [_outer_name(frame, v) for v in node.operands]
     outer_names = [_outer_name(frame, node.outputs[place]) for place in seeds]
     names += [f"gradient of {name}" for name in outer_names]
-    inner = frame_of(
-        graph,
-        [*operands, *seeds.values()],
-        names,
-        outer=Opening(frame, number, "backward"),
+    # Step by step: programs for each would have to be compiled, and XLA drops some NaN.
+    with jax.disable_jit(False):
+        values = run(graph, [*operands, *seeds.values()])
+    inner = Frame(
+        graph, values, {}, tuple(names), (), Opening(frame, number, "backward")
     )
     return Backward(inner, chosen, tuple(seeds))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.flow.frames import Frame
+from jaxgrad.flow.frames import Frame, backward_of
 from jaxgrad.flow.origins import Found, origin_of_gradient, origin_of_value
 from jaxgrad.flow.reasons import Origin, explain
 from jaxgrad.flow.summaries import is_number
@@ -27,8 +28,37 @@ def first_nonfinite(frame: Frame) -> Origin | None:
     if found:
         return min((explain(f, harmless=False) for f in found), key=_order)
     births = _births(frame, nan=True)
-    born = [explain(f, harmless=True) for f in births if not f.given]
-    return min(born, key=_order, default=None)
+    born = [explain(f, harmless=True) for f in births if f.born or not f.given]
+    return min(born, key=_order, default=None) or _folded(frame)
+
+
+def _folded(frame: Frame) -> Origin | None:
+    """The origin of a NaN that the compiled program drops and single steps don't.
+
+    XLA makes a choice of a product with a mask: its 0 times infinity is 0. JAX without
+    `jit` gives NaN.
+    """
+    for number in reversed(range(len(frame.graph.nodes))):
+        node = frame.node(number)
+        if not any(_count(frame, frame.cotangents.get(v)) for v in node.outputs):
+            continue
+        backward = backward_of(frame, number)
+        for place in backward.operands if backward else ():
+            ours = frame.cotangents.get(node.operands[place])
+            if backward is None or ours is None or _count(frame, ours, nan=True):
+                continue
+            single = backward.contribution(place)
+            if not np.isnan(np.asarray(single)).any():
+                continue
+            graph = backward.frame.graph
+            result = graph.results[backward.operands.index(place)]
+            found = origin_of_value(backward.frame, result, _where(single))
+            origin = explain(found, harmless=True)
+            more = (
+                " XLA's compiled program drops it; without `jit` the gradient is NaN."
+            )
+            return replace(origin, reason=origin.reason + more)
+    return None
 
 
 def all_nonfinite(frame: Frame) -> tuple[Origin, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -294,49 +294,52 @@ def _culprit(
     operands = [np.asarray(x) if _real(x) else x for x in frame.operands(number)]
     target = np.asarray(frame.values[node.outputs[place]][index])
     wants_nan = bool(np.isnan(target))
-    masks = [~np.isfinite(x) if _real(x) else None for x in operands]
-    entries: list[tuple[int, int]] = [
-        (k, int(flat))
-        for k, mask in enumerate(masks)
-        if mask is not None
-        for flat in np.flatnonzero(mask)
-    ]
-    if not entries:
+    masks = [~np.isfinite(x) if _real(x) else np.zeros(0, bool) for x in operands]
+    # One row per bad entry: of which operand, and where in it.
+    entries = np.concatenate(
+        [
+            np.stack([np.full(m.sum(), k), np.flatnonzero(m)], 1)
+            for k, m in enumerate(masks)
+        ]
+    )
+    if not len(entries):
         return None, False
     apply = frame.once((number, "apply"), lambda: jax.jit(partial(bind, node.eqn)))
 
-    def still_bad(kept: Sequence[tuple[int, int]]) -> bool:
-        inputs = list(operands)
+    def still_bad(*kept: np.ndarray) -> bool:
+        rows, inputs = np.concatenate(kept), list(operands)
         for k, mask in enumerate(masks):
-            if mask is not None and mask.any():
+            if mask.any():
                 # 1 is in every function's domain, and no one's pole.
                 array = np.where(mask, np.ones((), operands[k].dtype), operands[k])
-                flat = [entry for operand, entry in kept if operand == k]
+                flat = rows[rows[:, 0] == k, 1]
                 array.reshape(-1)[flat] = operands[k].reshape(-1)[flat]
                 inputs[k] = array
         with jax.disable_jit(False):
             out = np.asarray(apply(inputs)[place][index])
         return bool(np.isnan(out)) if wants_nan else bad(out)
 
-    def entry_of(found: tuple[int, int]) -> Entry:
-        k, flat = found
-        where = tuple(int(i) for i in np.unravel_index(flat, operands[k].shape))
-        return Entry(frame, node.operands[k], where)
-
-    if still_bad([]):
+    if still_bad(entries[:0]):
         return None, False
-    nans = [e for e in entries if np.isnan(operands[e[0]].reshape(-1)[e[1]])]
     shape = frame.graph.avals[node.outputs[place]].shape
-    fits = [np.shape(x) in ((), shape) for x in operands]
-    same = [e for e in entries if fits[e[0]] and entry_of(e).at in ((), index)]
-    both = list(set(same) & set(nans))
-    for tried in (sorted(both), nans if wants_nan else [], same):
-        if tried and still_bad(tried):
-            entries = tried
-            break
-    found, joint = _narrow(entries, still_bad)
-    made_nan = wants_nan and not np.isnan(operands[found[0]].reshape(-1)[found[1]])
-    return entry_of(found), joint or made_nan
+    here = int(np.ravel_multi_index(index, shape)) if shape else 0
+    fits = np.array([np.shape(x) == shape for x in operands])
+    alone = np.array([np.shape(x) == () for x in operands])
+    same = (fits[entries[:, 0]] & (entries[:, 1] == here)) | alone[entries[:, 0]]
+    nans = np.array([np.isnan(operands[k].reshape(-1)[i]) for k, i in entries[same]])
+    tried = [entries[same][nans.astype(bool)], entries[same]]
+    if wants_nan:
+        every = [
+            np.stack([np.full(np.isnan(x).sum(), k), np.flatnonzero(np.isnan(x))], 1)
+            for k, x in enumerate(operands)
+            if masks[k].any()
+        ]
+        tried.insert(1, np.concatenate(every))
+    entries = next((t for t in tried if len(t) and still_bad(t)), entries)
+    (k, flat), joint = _narrow(entries, still_bad)
+    at = tuple(int(i) for i in np.unravel_index(flat, operands[k].shape))
+    made_nan = wants_nan and not np.isnan(operands[k][at])
+    return Entry(frame, node.operands[k], at), made_nan or (joint and wants_nan)
 
 
 def _real(value: Any) -> bool:
@@ -344,19 +347,18 @@ def _real(value: Any) -> bool:
 
 
 def _narrow(
-    entries: list[tuple[int, int]], still_bad: Callable[[Any], bool]
+    entries: np.ndarray, still_bad: Callable[..., bool]
 ) -> tuple[tuple[int, int], bool]:
     """One of the entries that is enough, or of several that only are so together."""
-    context: list[tuple[int, int]] = []
-    joint = False
+    context, joint = entries[:0], False
     while len(entries) > 1:
         half = len(entries) // 2
         one, other = entries[:half], entries[half:]
-        if still_bad([*context, *one]):
+        if still_bad(context, one):
             entries = one
-        elif still_bad([*context, *other]):
+        elif still_bad(context, other):
             entries = other
         else:
             joint = True
-            context, entries = [*context, *other], one
-    return entries[0], joint
+            context, entries = np.concatenate([context, other]), one
+    return (int(entries[0, 0]), int(entries[0, 1])), joint

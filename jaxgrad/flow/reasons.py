@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.equations import Node, Place, in_library, rule_place, source_of
 from jaxgrad.flow.frames import Frame, opens
-from jaxgrad.flow.origins import Entry, Found
+from jaxgrad.flow.origins import Entry, Found, bad
 from jaxgrad.flow.places import Spot, operation_of, spot_of
+from jaxgrad.flow.repairs import REPAIRS, safe_code
 
 NonfiniteKind = Literal[
     "infinite slope",
@@ -66,9 +66,10 @@ class Origin(Spot):
         where = f"{Place(self.function, self.file, self.line)}"
         inside = "" if self.iteration is None else f", iteration {self.iteration}"
         inside += "" if self.branch is None else f", branch {self.branch}"
+        made = "comes into" if self.name else "is made in"
         return (
-            f"The first number that isn't finite is made in the {self.phase} pass of "
-            f"`{self.operation}` in {where}{inside}, at {list(self.index)}: "
+            f"The first number that isn't finite {made} the {self.phase} pass at "
+            f"`{self.operation}` in {where}{inside}, entry {list(self.index)}: "
             f"{self.reason}"
         )
 
@@ -76,20 +77,20 @@ class Origin(Spot):
 def explain(found: Found, *, harmless: bool) -> Origin:
     """Says in words what was found."""
     frame, number, entry = found.entry.frame, found.node, found.entry
-    if found.born and _is_softmax(*found.born) and np.isneginf(entry.value):
+    masked = found.given and np.isneginf(entry.value)
+    if found.born and masked and _is_softmax(*found.born):
         entry, number = found.born
-        kind: NonfiniteKind = "empty softmax"
         reason = (
             "every entry that softmax is taken over is -inf, so that its maximum is "
             "-inf too, and -inf - (-inf) is NaN: the mask leaves nothing."
         )
-        return _origin(entry.frame, number, "forward", kind, reason, entry, harmless)
+        why = _Why("empty softmax", reason)
+        return _origin(entry.frame, number, "forward", why, entry, harmless)
     if found.given:
         return _given(found, harmless)
     outer = frame.outer
     if outer is None or outer.kind != "backward":
-        kind, reason = _forward(frame, number, entry.at)
-        return _origin(frame, number, "forward", kind, reason, entry, harmless)
+        return _of_value(frame, number, entry, harmless)
     step = outer.frame.node(outer.number)
     inner = frame.node(number)
     again = inner.name == step.name and all(
@@ -97,29 +98,69 @@ def explain(found: Found, *, harmless: bool) -> Origin:
     )
     if again and not step.custom:
         # The step's own value, which its backward pass uses.
-        kind, reason = _forward(frame, number, entry.at)
-        return _origin(frame, number, "forward", kind, reason, entry, harmless)
-    kind, reason = _backward(frame, number, entry)
-    return _origin(frame, number, "backward", kind, reason, entry, harmless)
+        return _of_value(frame, number, entry, harmless)
+    why = _backward(frame, number, entry)
+    return _origin(frame, number, "backward", why, entry, harmless)
+
+
+class _Why(NamedTuple):
+    """Why a number isn't finite.
+
+    Attributes:
+      kind: a fixed word.
+      reason: a sentence.
+      repair: which repair, if not that of the kind.
+    """
+
+    kind: NonfiniteKind
+    reason: str
+    repair: str = ""
+
+
+def _of_value(frame: Frame, number: int, entry: Entry, harmless: bool) -> Origin:
+    why = _forward(frame, number, entry.at)
+    where = frame
+    if frame.outer is not None and frame.outer.kind == "backward":
+        where, number_there = frame.outer.frame, frame.outer.number
+    else:
+        number_there = number
+    if _sound(where):
+        kept = _dropped_by(where, number_there, entry.at)
+        if kept:
+            repair = "dropped overflow" if why.kind == "overflow" else why.repair
+            why = _Why(why.kind, why.reason + kept, repair)
+    return _origin(frame, number, "forward", why, entry, harmless)
+
+
+def _sound(frame: Frame) -> bool:
+    """Whether the loss is finite: then what isn't was dropped."""
+    while frame.outer is not None:
+        frame = frame.outer.frame
+    return not bad(frame.values[frame.graph.results[0]])
 
 
 def _origin(
     frame: Frame,
     number: int,
     phase: Literal["forward", "backward"],
-    kind: NonfiniteKind,
-    reason: str,
+    why: _Why,
     entry: Entry,
     harmless: bool,
     name: str = "",
 ) -> Origin:
     spot = spot_of(frame, number)
+    repair = REPAIRS.get(why.repair or why.kind, "")
+    if not repair and why.kind not in ("other",):
+        value = entry.frame.values[entry.variable]
+        repair = safe_code(
+            spot.operation, spot.text, is_complex=jnp.iscomplexobj(value)
+        )
     return Origin(
         **vars(spot),
         phase=phase,
-        kind=kind,
-        reason=reason,
-        repair=repair_of(kind, spot, _operands_at(frame, number, entry.at)),
+        kind=why.kind,
+        reason=why.reason,
+        repair=repair,
         index=entry.at,
         name=name,
         harmless=harmless,
@@ -128,19 +169,32 @@ def _origin(
 
 def _given(found: Found, harmless: bool) -> Origin:
     entry = found.entry
-    name = entry.frame.name_of(entry.variable)
-    users = entry.frame.graph.users.get(entry.variable, (found.node,))
+    frame, name = entry.frame, entry.frame.name_of(entry.variable)
+    number = frame.graph.users.get(entry.variable, (found.node,))[0]
     where = f" at {list(entry.at)}" if entry.at else ""
-    reason = f"`{name}` is {entry.value}{where} already"
+    kind: NonfiniteKind = "non-finite input"
+    reason, repair = f"`{name}` is {entry.value}{where} already", ""
+    phase: Literal["forward", "backward"] = "forward"
+    literal = entry.variable in frame.graph.literals
+    spot = spot_of(frame, number)
+    if frame.outer is not None and frame.outer.kind == "backward":
+        phase = "backward"
+        if frame.outer.frame.node(frame.outer.number).custom:
+            kind, repair = "custom rule", "custom rule"
+    elif literal and not any(word in spot.text for word in ("inf", "nan")):
+        reason = f"`{name}`, which a library starts from, is left: nothing replaced it"
+        repair = "nothing to take"
+    elif literal:
+        repair = "literal"
+    elif frame.outer is None and entry.variable in frame.moving:
+        repair = "parameter"
     if found.born:
-        nan, number = found.born
-        born = nan.frame.node(number)
-        line = source_of(*born.lines)
-        reason += f", and `{operation_of(born)}` in {line} makes NaN of it"
-    return _origin(
-        entry.frame, users[0], "forward", "non-finite input", f"{reason}.", entry,
-        harmless, name,
-    )  # fmt: skip
+        nan, made = found.born
+        node = nan.frame.node(made)
+        line = source_of(*node.lines)
+        reason += f", and `{operation_of(node)}` in {line} makes NaN of it"
+    why = _Why(kind, f"{reason}.", repair)
+    return _origin(frame, number, phase, why, entry, harmless, name)
 
 
 def _is_softmax(entry: Entry, number: int) -> bool:
@@ -231,7 +285,6 @@ _DOMAINS = {
     "pow": "of a negative number to a power that is no integer",
     "lgamma": "at a pole: 0 or a negative integer",
     "digamma": "at a pole: 0 or a negative integer",
-    "cholesky": "of a matrix that isn't positive definite",
 }
 
 _BY_ENTRY = (
@@ -248,68 +301,78 @@ _MATRICES = ("lu", "triangular_solve", "custom_linear_solve", "slogdet", "inv", 
 _EIGEN = ("eigh", "svd", "eig", "schur")
 
 
-def _forward(
-    frame: Frame, number: int, index: tuple[int, ...]
-) -> tuple[NonfiniteKind, str]:
+def _forward(frame: Frame, number: int, index: tuple[int, ...]) -> _Why:
     """Why a step's value isn't finite, though its inputs are."""
     node = frame.node(number)
     name, numbers = node.name, _operands_at(frame, number, index)
     x = numbers[0] if numbers else None
     y = numbers[1] if len(numbers) > 1 else None
+    if _in_a_derivative(node) and name in ("div", "integer_pow", "rsqrt", "pow"):
+        why = "a derivative that the loss itself takes of this line divides by 0."
+        return _Why("infinite slope", why, "root")
     for matrix in (name, *_callers_of(frame)):
         if matrix in _MATRICES:
-            return "singular matrix", f"`{matrix}` of a matrix that is singular."
+            return _Why("singular matrix", f"`{matrix}` of a matrix that is singular.")
     if name in ("log", "log1p") and x == (0 if name == "log" else -1):
         if "reduce_sum" in _behind(frame, node.operands[0]) and _all_masked(
             frame, node.operands[0]
         ):
-            return (
+            return _Why(
                 "empty softmax",
                 "every entry that logsumexp is taken over is -inf, so that it is the "
                 "log of 0: the mask leaves nothing.",
             )
-        return "log of zero", f"`{name}` at {x:g} is -inf."
+        return _Why("log of zero", f"`{name}` at {x:g} is -inf.")
     if name == "div" and y == 0:
         if _all_masked(frame, node.operands[1]):
-            return (
+            return _Why(
                 "empty softmax",
                 "the sum that softmax divides by is 0: the mask leaves nothing.",
             )
         what = "NaN" if x == 0 else "infinite"
-        over = "0 / 0" if x == 0 else f"{x:.3g} / 0"
-        return "division by zero", f"{over} is {what}."
+        over = "0 / 0" if x == 0 else f"{_num(x)} / 0"
+        root = _is_root(frame, node.operands[1])
+        return _Why("division by zero", f"{over} is {what}.", "root" if root else "")
     if name == "rem" and y == 0:
-        return "division by zero", "a remainder of a division by 0 is NaN."
+        return _Why("division by zero", "a remainder of a division by 0 is NaN.")
     if name == "rsqrt" and x == 0:
-        return "division by zero", "`rsqrt` at 0 is 1 / 0."
+        return _Why("division by zero", "`rsqrt` at 0 is 1 / 0.")
     if name == "integer_pow" and x == 0:
         power = node.eqn.params["y"]
-        return "division by zero", f"0 to the power {power} is 1 / 0."
+        return _Why("division by zero", f"0 to the power {power} is 1 / 0.")
     if name == "pow" and x == 0:
-        return "division by zero", f"0 to the power {y:.3g} is 1 / 0."
+        return _Why("division by zero", f"0 to the power {y:.3g} is 1 / 0.")
     if name == "pow" and x is not None and x > 0:
         return _overflow(frame, node)
+    if name == "cholesky":
+        reason = "`cholesky` of a matrix that isn't positive definite."
+        return _Why("domain", reason, "singular matrix")
     if name in _DOMAINS:
         at = f", here {x:.6g}" if x is not None else ""
-        return "domain", f"`{name}` {_DOMAINS[name]}{at}."
+        return _Why("domain", f"`{name}` {_DOMAINS[name]}{at}.")
     if name in ("gather", "dynamic_slice"):
-        return (
+        return _Why(
             "out of range",
             "an index is outside of the array, and what is read there is NaN.",
         )
     if name in _EIGEN:
-        return "other", f"`{name}` didn't converge."
+        return _Why("other", f"`{name}` didn't converge.")
     if opens(node):
-        return "other", f"`{operation_of(node)}` makes it of finite numbers."
+        return _Why("other", f"`{operation_of(node)}` makes it of finite numbers.")
     return _overflow(frame, node)
 
 
-def _overflow(frame: Frame, node: Node) -> tuple[NonfiniteKind, str]:
+def _in_a_derivative(node: Node) -> bool:
+    """Whether a step is one of a derivative that the loss takes, by `jax.grad`."""
+    return any("jvp(" in str(eqn.source_info.name_stack) for eqn in node.lines)
+
+
+def _overflow(frame: Frame, node: Node) -> _Why:
     dtype = frame.graph.avals[node.outputs[0]].dtype
     if not frame.graph.inexact(node.outputs[0]):
-        return "other", f"`{node.name}` makes it of finite numbers."
+        return _Why("other", f"`{node.name}` makes it of finite numbers.")
     largest = float(_finfo(dtype).max)
-    return (
+    return _Why(
         "overflow",
         f"overflow in {dtype}: the result of `{node.name}` is beyond {largest:.3g}.",
     )
@@ -357,52 +420,69 @@ def _maker(frame: Frame, variable: int, name: str) -> tuple[Frame, Node] | None:
     return None
 
 
-def _backward(frame: Frame, number: int, entry: Entry) -> tuple[NonfiniteKind, str]:
+def _backward(frame: Frame, number: int, entry: Entry) -> _Why:
     """Why the backward pass of a step makes a number that isn't finite."""
     outer = frame.outer
     assert outer is not None
     where, place = outer.frame, outer.number
-    step = where.node(place)
+    step, name = where.node(place), operation_of(where.node(place))
     if step.custom and not in_library(rule_place(step.eqn).file):
-        _, why = _forward(frame, number, entry.at)
-        return "custom rule", f"the rule of `{operation_of(step)}` itself: {why}"
-    numbers = _operands_at(where, place, entry.at)
-    x = numbers[0] if numbers else None
-    y = numbers[1] if len(numbers) > 1 else None
-    arriving = _arriving(frame, entry.at)
-    kept = _kept_alive(where, place) if arriving == 0 else ""
-    name = operation_of(step)
+        itself = _forward(frame, number, entry.at).reason
+        return _Why("custom rule", f"the rule of `{name}` itself: {itself}")
     if step.name in _EIGEN:
-        return (
+        return _Why(
             "equal eigenvalues",
             f"two {'singular ' if step.name == 'svd' else 'eigen'}values of `{name}` "
             "are equal, and the slope of their vectors divides by their difference.",
         )
     if step.name in ("cholesky", *_MATRICES) or name.strip("_") in _MATRICES:
-        return "singular matrix", f"`{name}` of a matrix that is singular."
-    if step.name == "sqrt" and x == 0 and "reduce_sum" in _behind(
-        where, step.operands[0]
-    ):  # fmt: skip
-        return (
+        return _Why("singular matrix", f"`{name}` of a matrix that is singular.")
+    numbers = _operands_at(where, place, entry.at)
+    x = numbers[0] if numbers else None
+    y = numbers[1] if len(numbers) > 1 else None
+    kept = ""
+    if _arriving(frame, entry.at) == 0:
+        zero = " The gradient that arrives is 0, and 0 times infinity is NaN."
+        kept = _dropped_by(where, place, entry.at) or zero
+    if step.name == "sqrt" and x == 0 and _is_norm(where, step.operands[0]):
+        return _Why(
             "norm at zero",
             f"a norm has no slope at 0: that of the square root is infinite.{kept}",
         )
     if step.name in ("log", "log1p"):
-        return "log of zero", f"the slope of `{name}` at {_num(x)} is infinite.{kept}"
+        reason = f"the slope of `{name}` at {_num(x)} is infinite.{kept}"
+        return _Why("log of zero", reason)
     if step.name in ("div", "rsqrt", "integer_pow", "atan2"):
         divisor = y if step.name in ("div", "atan2") else x
         if divisor == 0 or step.name == "atan2":
-            return (
-                "division by zero",
-                f"the slope of `{name}` at {_num(divisor)} divides by 0.{kept}",
-            )
+            reason = f"the slope of `{name}` at {_num(divisor)} divides by 0.{kept}"
+            root = step.name == "div" and _is_root(where, step.operands[1])
+            return _Why("division by zero", reason, "root" if root else "")
     if step.name in _SLOPED and not (step.name == "pow" and x != 0):
-        return (
-            "infinite slope",
-            f"`{_SLOPED[step.name]}` at {_num(x)} has an infinite slope.{kept}",
-        )
-    kind, why = _forward(frame, number, entry.at)
-    return kind, f"in the backward pass of `{name}`, {why}{kept}"
+        reason = f"`{_SLOPED[step.name]}` at {_num(x)} has an infinite slope.{kept}"
+        return _Why("infinite slope", reason)
+    why = _forward(frame, number, entry.at)
+    reason = f"in the backward pass of `{name}`, {why.reason}{kept}"
+    return _Why(why.kind, reason, why.repair)
+
+
+def _is_norm(frame: Frame, variable: int) -> bool:
+    """Whether a variable is a sum of squares."""
+    if _maker(frame, variable, "reduce_sum"):
+        return True
+    product = _maker(frame, variable, "dot_general")
+    if product:
+        return len(set(product[1].operands)) == 1
+    total = _maker(frame, variable, "add")
+    return total is not None and all(
+        any(_maker(frame, v, name) for name in ("square", "integer_pow", "reduce_sum"))
+        for v in total[1].operands
+    )
+
+
+def _is_root(frame: Frame, variable: int) -> bool:
+    """Whether a variable is a root, such as a norm or a standard deviation."""
+    return "sqrt" in _behind(frame, variable)
 
 
 def _num(x: float | None) -> str:
@@ -423,126 +503,27 @@ def _arriving(frame: Frame, index: tuple[int, ...]) -> float | None:
     return None
 
 
-def _kept_alive(frame: Frame, number: int) -> str:
-    """Says which `where` drops a step's value, and not its gradient."""
+def _dropped_by(frame: Frame, number: int, index: tuple[int, ...]) -> str:
+    """Says which `where` drops a step's value at an entry, if one does."""
     reached = set(frame.node(number).outputs)
     for later in range(number + 1, len(frame.graph.nodes)):
         node = frame.node(later)
-        if not reached & set(node.operands):
+        used = [place for place, v in enumerate(node.operands) if v in reached]
+        if not used:
             continue
-        if node.name == "select_n":
-            line, own = source_of(*node.lines), source_of(*frame.node(number).lines)
-            where = "" if line == own else f" in {line}"
-            return (
-                f" `where`{where} drops this value, but not its gradient: 0 times "
-                "infinity is NaN."
-            )
+        if node.name == "select_n" and used[0]:
+            which = np.asarray(frame.values[node.operands[0]])
+            here = which[index] if which.ndim == len(index) else which.ravel()[:1]
+            try:
+                dropped = int(np.asarray(here).ravel()[0]) not in [p - 1 for p in used]
+            except IndexError:
+                dropped = False
+            if dropped:
+                line, own = source_of(*node.lines), source_of(*frame.node(number).lines)
+                where = "" if line == own else f" in {line}"
+                return (
+                    f" `where`{where} drops this value, but not its gradient: 0 times "
+                    "infinity is NaN."
+                )
         reached |= set(node.outputs)
-    return " The gradient that arrives is 0, and 0 times infinity is NaN."
-
-
-_USE_WHERE = (
-    "Make the input safe before the operation, not only the result after it:\n{code}"
-)
-
-
-def repair_of(kind: NonfiniteKind, spot: Spot, numbers: list[float | None]) -> str:
-    """What to write instead of the line."""
-    call, condition = _call_on(spot)
-    safe = {
-        "log": "log", "sqrt": "sqrt", "div": "", "rsqrt": "rsqrt", "pow": "power",
-        "log1p": "log1p", "acos": "arccos", "asin": "arcsin", "atanh": "arctanh",
-    }  # fmt: skip
-    if kind in ("infinite slope", "log of zero", "division by zero", "domain"):
-        if spot.operation in safe and call is not None:
-            function, argument = call
-            test = condition or f"{argument} > 0"
-            if spot.operation in ("div",):
-                test = condition or f"{argument} != 0"
-            code = f"    safe = jnp.where({test}, {argument}, 1.0)\n"
-            code += f"    jnp.where({test}, {function.format('safe')}, 0.0)"
-            return _USE_WHERE.format(code=code)
-        return _USE_WHERE.format(
-            code="    safe = jnp.where(ok, x, 1.0)\n    jnp.where(ok, f(safe), 0.0)"
-        )
-    return _REPAIRS.get(kind, "")
-
-
-_REPAIRS: dict[str, str] = {
-    "norm at zero": (
-        "Add a small number under the root, `jnp.sqrt(jnp.sum(x**2) + 1e-12)`, or make "
-        "the input safe:\n    zero = jnp.all(x == 0)\n"
-        "    jnp.where(zero, 0.0, jnp.linalg.norm(jnp.where(zero, 1.0, x)))"
-    ),
-    "overflow": (
-        "Compute it in a wider dtype (`x.astype(jnp.float32)`), scale the numbers "
-        "before, or use the stable form: `jax.nn.logsumexp`, `jax.nn.log_softmax`, "
-        "`jax.nn.softplus`, `optax.sigmoid_binary_cross_entropy`."
-    ),
-    "equal eigenvalues": (
-        "Use what has a slope there: the eigenvalues alone, or a function of the whole "
-        "matrix. Else make them differ: add a small diagonal, such as "
-        "`jnp.diag(1e-6 * jnp.arange(n))`."
-    ),
-    "singular matrix": (
-        "Add a small multiple of the identity, `a + 1e-6 * jnp.eye(n)`, or use "
-        "`jnp.linalg.lstsq`."
-    ),
-    "empty softmax": (
-        "Let the mask leave something: mask with a large negative number instead of "
-        "-inf, `jnp.where(mask, scores, -1e9)`, or give the empty rows their own "
-        "value:\n    some = mask.any(-1, keepdims=True)\n"
-        "    p = jax.nn.softmax(jnp.where(mask | ~some, scores, -jnp.inf))\n"
-        "    p = jnp.where(some, p, 0.0)"
-    ),
-    "out of range": (
-        "Keep the index inside of the array, or say what to read outside of it: "
-        '`x.at[index].get(mode="fill", fill_value=0)`.'
-    ),
-    "non-finite input": (
-        "Mend it before it gets here: `jnp.nan_to_num`, or a mask that drops the row "
-        "before anything is computed of it."
-    ),
-    "custom rule": "Mend the rule: make its input safe before it is divided by.",
-    "zero times infinity": _USE_WHERE.format(code="    safe = jnp.where(ok, x, 1.0)"),
-    "infinity minus infinity": "Keep both numbers finite before they are subtracted.",
-}
-
-
-_FUNCTIONS = {
-    "sqrt": ("sqrt",),
-    "log": ("log", "log2", "log10"),
-    "log1p": ("log1p",),
-    "rsqrt": ("rsqrt",),
-    "pow": ("power", "pow", "float_power"),
-    "acos": ("arccos", "acos"),
-    "asin": ("arcsin", "asin"),
-    "atanh": ("arctanh", "atanh"),
-}
-
-
-def _call_on(spot: Spot) -> tuple[tuple[str, str] | None, str]:
-    """The operation as it's written on a line, its argument, and the `where`'s test."""
-    text = spot.text.removeprefix("return ").rstrip(":,")
-    try:
-        tree = ast.parse(text)
-    except SyntaxError:
-        return None, ""
-    found: tuple[str, str] | None = None
-    test = ""
-    for item in ast.walk(tree):
-        if isinstance(item, ast.Call):
-            name = ast.unparse(item.func).rpartition(".")[2]
-            if name == "where" and len(item.args) == 3:
-                test = ast.unparse(item.args[0])
-            if name in _FUNCTIONS.get(spot.operation, ()) and item.args:
-                first, *rest = map(ast.unparse, item.args)
-                more = "".join(f", {text}" for text in rest)
-                found = f"{ast.unparse(item.func)}({{}}{more})", first
-        if isinstance(item, ast.BinOp):
-            left, right = ast.unparse(item.left), ast.unparse(item.right)
-            if spot.operation == "div" and isinstance(item.op, ast.Div):
-                found = f"{left.replace('{', '{{').replace('}', '}}')} / {{}}", right
-            if spot.operation == "pow" and isinstance(item.op, ast.Pow):
-                found = f"{{}} ** {right}", left
-    return found, test
+    return ""

@@ -72,6 +72,8 @@ def _notes(trace: GradientTrace) -> Iterator[str]:
         yield origin.sentence
         if origin.text:
             yield textwrap.indent(origin.text, "    ")
+        if origin.harmless:
+            yield "The loss and its gradient are finite all the same."
         yield origin.repair
     unused = [name for name, blocks in trace.blocked.items() if not blocks]
     if unused:

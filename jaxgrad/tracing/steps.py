@@ -132,6 +132,7 @@ class Step:
             place
             for place, x in enumerate(operands)
             if jnp.issubdtype(x.dtype, jnp.floating)
+            and node.operands[place] in self._frame.moves
         ]
         slopes: list[float | None] = [None] * len(operands)
         if not floats or not self._frame.graph.inexact(node.outputs[0]):
