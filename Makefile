@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: lesson test corpus-test corpus lint benchmark clean
+.PHONY: lesson test corpus-test corpus trace-corpus lint benchmark clean
 
 # TORCH=1 installs PyTorch too, and runs it beside JAX.
 lesson: $(VENV)/lesson$(TORCH)
@@ -17,11 +17,15 @@ test: $(VENV)/dev
 # All losses of tests/corpus, of which `make test` takes every second one.
 corpus-test: $(VENV)/dev
 	JAXGRAD_WHOLE_CORPUS=1 $(BIN)/python -m pytest -q -n 2 \
-	  tests/test_corpus.py tests/test_check_corpus.py
+	  tests/test_corpus.py tests/test_check_corpus.py tests/test_tracing.py
 
 # Four checkers on the corpus, side by side: about 10 minutes.
 corpus: $(VENV)/dev
 	$(BIN)/python examples/benchmarks/check_corpus.py
+
+# trace_gradient on losses that are NaN, zero or healthy, beside jax_debug_nans.
+trace-corpus: $(VENV)/dev
+	$(BIN)/python examples/benchmarks/trace_corpus.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -31,6 +35,7 @@ lint: $(VENV)/dev
 benchmark: $(VENV)/dev
 	$(BIN)/python examples/benchmarks/overhead.py
 	$(BIN)/python examples/benchmarks/check_speed.py
+	$(BIN)/python examples/benchmarks/trace_speed.py
 
 clean:
 	rm -rf $(VENV)

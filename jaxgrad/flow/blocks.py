@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -253,8 +252,8 @@ def _dependent(
                 inputs.append(jnp.asarray(masks[place], value.dtype))
             else:
                 inputs.append(jnp.asarray(rest(value.shape), value.dtype))
-        apply = frame.once((number, "apply"), lambda: jax.jit(partial(bind, node.eqn)))
-        out = dict(zip(node.outputs, apply(inputs), strict=True))
+        with jax.disable_jit(False):
+            out = dict(zip(node.outputs, bind(node.eqn, inputs), strict=True))
         return {v: np.nan_to_num(np.asarray(out[v])) != 0 for v in outputs}
     if node.name in _BY_AXES:
         mask = masks[places[0]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -304,7 +303,6 @@ def _culprit(
     )
     if not len(entries):
         return None, False
-    apply = frame.once((number, "apply"), lambda: jax.jit(partial(bind, node.eqn)))
 
     def still_bad(*kept: np.ndarray) -> bool:
         rows, inputs = np.concatenate(kept), list(operands)
@@ -316,7 +314,7 @@ def _culprit(
                 array.reshape(-1)[flat] = operands[k].reshape(-1)[flat]
                 inputs[k] = array
         with jax.disable_jit(False):
-            out = np.asarray(apply(inputs)[place][index])
+            out = np.asarray(bind(node.eqn, inputs)[place][index])
         return bool(np.isnan(out)) if wants_nan else bad(out)
 
     if still_bad(entries[:0]):
