@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad.compiling import Program
 from jaxgrad.equations import FLAT, Node, bind, frames_of, in_library, rule_place, run
 from jaxgrad.flow.frames import Frame, backward_of, forward_of, scan_of
 from jaxgrad.flow.places import Spot, spot_of
@@ -31,6 +32,7 @@ Reason = Literal[
     "discarded",
     "cancellation",
     "at a minimum",
+    "stationary",
     "custom rule",
 ]
 
@@ -48,7 +50,8 @@ EXPLAINED: dict[Reason, str] = {
     "zero factor": "multiplies it by zero",
     "discarded": "makes what the loss doesn't use",
     "cancellation": "is where the parts of its gradient cancel exactly",
-    "at a minimum": "has the slope zero here",
+    "at a minimum": "has the slope zero here, and the loss rises on all sides",
+    "stationary": "has the slope zero here, which is no minimum of the loss",
     "custom rule": "has a hand-written rule that returns zero",
 }
 
@@ -85,12 +88,52 @@ def blocks_of(frame: Frame, leaf: int) -> tuple[Block, ...]:
     found = list(_walk(frame, start))
     blocks: list[Block] = []
     # Where nothing else stops it, what is beside the point is the point.
-    for frame, number, reason in [b for b in found if not _aside(b)] or found:
-        block = Block(**vars(spot_of(frame, number)), reason=reason)
-        same = [b for b in blocks if (b.number, b.line) == (block.number, block.line)]
-        if not any(b.reason == reason for b in same):
+    kept = [b for b in found if not _aside(b)] or found
+    lowest = any(b.reason in _SOFT for b in kept) and _at_minimum(frame, leaf)
+    for inner, number, reason in kept:
+        if reason in _SOFT and lowest:
+            reason = "at a minimum"
+        elif reason == "at a minimum":
+            reason = "stationary"
+        block = Block(**vars(spot_of(inner, number)), reason=reason)
+        if not any((b.line, b.reason) == (block.line, reason) for b in blocks):
             blocks.append(block)
-    return tuple(blocks)
+    lines = {b.line for b in blocks if b.reason != "discarded"}
+    return tuple(b for b in blocks if b.reason != "discarded" or b.line not in lines)
+
+
+# What a minimum can look like, step by step.
+_SOFT = ("at a minimum", "cancellation", "zero factor", "saturation", "maximum's loser")
+
+# How far a leaf is moved, as a share of its size, to see if the loss rises. The rise
+# must be seen in float32: a share h of the size changes the loss by h**2 of it.
+_SHARES = (0.1, 0.01)
+_DIRECTIONS = 3
+
+
+def _at_minimum(frame: Frame, leaf: int) -> bool:
+    """Whether the loss rises along random directions of a leaf, on both sides."""
+    graph, value = frame.graph, np.asarray(frame.values[leaf])
+    loss = graph.results[0]
+    inputs = list(frame.values[: graph.inputs])
+    size = np.max(np.abs(value.astype(np.float64)), initial=0) or 1.0
+    rng = np.random.default_rng(0)
+    ways = rng.choice([-1.0, 1.0], (_DIRECTIONS, *value.shape)) * size
+    program = frame.once(
+        "loss", lambda: Program(lambda given: run(graph, given)[loss], None, inputs)
+    )
+
+    def at(step: Any) -> float:
+        moved = jnp.asarray(value.astype(np.float64) + step, value.dtype)
+        return float(program([*inputs[:leaf], moved, *inputs[leaf + 1 :]]))
+
+    now = at(np.zeros(value.shape))
+    # A loss adds up its terms in an order that a step may change: a few roundings.
+    now += 8 * float(np.spacing(np.float32(abs(now))))
+    return any(
+        all(at(sign * share * way) > now for way in ways for sign in (-1, 1))
+        for share in _SHARES
+    )
 
 
 def _walk(frame: Frame, reached: Reached) -> Iterator[_Blocked]:
@@ -123,7 +166,15 @@ def _walk(frame: Frame, reached: Reached) -> Iterator[_Blocked]:
         if node.name == "select_n" and _untaken(frame, node, places, reached):
             yield _Blocked(frame, number, "branch not taken")
         elif not any(mask.any() for mask in after.values()):
+            if node.name == "select_n":
+                yield _Blocked(frame, number, "branch not taken")
+                continue
             yield _Blocked(frame, number, "discarded")
+        blind = [p for p in places if _blind(frame, number, p, reached)]
+        if blind and not any(mask.any() for mask in nonzero.values()):
+            # Nothing arrives, and nothing would get through.
+            yield _Blocked(frame, number, _reason(frame, number, blind[0], reached))
+            continue
         if not any(mask.any() for mask in nonzero.values()):
             for v, mask in after.items():
                 reached[v] = reached.get(v, False) | mask
@@ -138,7 +189,7 @@ def _walk(frame: Frame, reached: Reached) -> Iterator[_Blocked]:
             if _contributes(frame, number, place, reached[node.operands[place]]):
                 alive.setdefault(node.operands[place], []).append(number)
             elif node.name != "select_n":
-                yield _Blocked(frame, number, _reason(frame, number, place))
+                yield _Blocked(frame, number, _reason(frame, number, place, reached))
     for numbers in alive.values():
         yield _Blocked(frame, _meeting(frame, numbers), "cancellation")
 
@@ -158,7 +209,8 @@ def _stops(frame: Frame, node: Node) -> Reason | None:
         return None
     if node.name in ("argmax", "argmin", "sort", "top_k", "approx_top_k"):
         return "argmax"
-    return "integer cast" if node.name == "convert_element_type" else "comparison"
+    casts = ("convert_element_type", "bitcast_convert_type")
+    return "integer cast" if node.name in casts else "comparison"
 
 
 def _aside(blocked: _Blocked) -> bool:
@@ -181,7 +233,9 @@ def _aside(blocked: _Blocked) -> bool:
 
 
 # Functions of many steps; the rest of jax is what a user writes step by step.
-_COMPOSED = re.compile(r"/jax/_src/(nn|ops|scipy)/|/(optax|flax|equinox)/")
+_COMPOSED = re.compile(
+    r"/jax/_src/(nn|ops|scipy|lax/control_flow)/|/(optax|flax|equinox)/"
+)
 
 
 def _chooses(blocked: _Blocked) -> bool:
@@ -325,6 +379,42 @@ def _meeting(frame: Frame, numbers: list[int]) -> int:
     return min(meeting or set(numbers))
 
 
+# Steps through which a gradient may not come, whatever arrives.
+_GATES = ("mul", "max", "min", "clamp", "logistic", "tanh", "exp", "exp2", "erf")
+
+
+def _blind(frame: Frame, number: int, place: int, reached: Reached) -> bool:
+    """Whether a step would let nothing through, were a gradient of 1 to arrive."""
+    node = frame.node(number)
+    if not (node.name in _GATES or node.custom):
+        return False
+    added = _with(frame, number, place, np.ones_like)
+    if added is None:  # what comes later stops it: nothing is asked of this step
+        return False
+    return not (reached[node.operands[place]] & _nonzero(added)).any()
+
+
+def _with(
+    frame: Frame, number: int, place: int, arriving: Any, used: Any = None
+) -> Any:
+    """What a step adds to an operand's cotangent, were other numbers to arrive.
+
+    And, with `used`, were its inputs others.
+    """
+    backward = backward_of(frame, number)
+    if backward is None or place not in backward.operands:
+        return None
+    graph, count = backward.frame.graph, len(frame.node(number).operands)
+    given = [
+        jnp.asarray(arriving(np.asarray(x)), x.dtype) if i >= count
+        else x if used is None else jnp.asarray(used(np.asarray(x)), x.dtype)
+        for i, x in enumerate(backward.frame.values[: graph.inputs])
+    ]  # fmt: skip
+    with jax.disable_jit(False):
+        values = run(graph, given)
+    return values[graph.results[backward.operands.index(place)]]
+
+
 def _through_cond(
     frame: Frame, number: int, places: list[int], reached: Reached
 ) -> Iterator[_Blocked]:
@@ -337,7 +427,7 @@ def _through_cond(
 
 
 # Rows of a scan that are looked into: enough for what dies in every one of them.
-_ROWS = 256
+_ROWS = 2048
 
 
 def _through_scan(
@@ -345,6 +435,7 @@ def _through_scan(
 ) -> Iterator[_Blocked]:
     node, scan = frame.node(number), scan_of(frame, number)
     first, count, _ = scan.counts
+    blocked = False
     carried: Reached = {
         p: reached[node.operands[p]] for p in places if first <= p < first + count
     }
@@ -357,20 +448,25 @@ def _through_scan(
                 start[p] = mask
             elif p >= first + count:
                 start[p] = mask[row]
-        yield from _walk(inner, start)
+        for found in _walk(inner, start):
+            blocked = True
+            yield found
         results = inner.graph.results[:count]
         carried = {first + k: start[v] for k, v in enumerate(results) if v in start}
+    if not blocked and len(scan.order) <= _ROWS:
+        yield _Blocked(frame, number, "discarded")
 
 
 # Slopes that are zero at a number, and not near it.
 _BOTTOMS = ("square", "integer_pow", "abs", "pow", "cos", "cosh", "sin")
-_WINNERS = ("max", "min", "reduce_max", "reduce_min", "cummax", "cummin", "sort")
+_WINNERS = ("reduce_max", "reduce_min", "cummax", "cummin", "sort", "top_k")
 _LIMITED = ("logistic", "tanh", "erf", "erfc", "exp", "exp2", "expm1", "atan", "log1p")
 
 
-def _reason(frame: Frame, number: int, place: int) -> Reason:
-    """Why a step lets nothing through to an operand, though a gradient arrives."""
+def _reason(frame: Frame, number: int, place: int, reached: Reached) -> Reason:
+    """Why a step lets nothing through to an operand."""
     node = frame.node(number)
+    mask = reached[node.operands[place]]
     if node.custom:
         names = {n.name for n in forward_of(frame, number).graph.nodes}
         if not in_library(rule_place(node.eqn).file):
@@ -385,40 +481,42 @@ def _reason(frame: Frame, number: int, place: int) -> Reason:
     if node.name.startswith("reduce_window") or node.name in _WINNERS:
         return "maximum's loser"
     if node.name in ("mul", "dot_general", "conv_general_dilated"):
-        return _of_product(frame, number, place)
+        return _of_product(frame, number, place, mask)
     if node.name == "div":
-        return "zero factor" if place == 1 else "underflow"
+        above = np.asarray(frame.values[node.operands[0]])
+        return "zero factor" if place == 1 and not above.any() else "underflow"
     if node.name in ("exp", "exp2"):
         value = np.asarray(frame.values[node.outputs[0]])
         return "underflow" if not value.any() else "saturation"
     if node.name in _LIMITED:
         return "saturation"
     if node.name in ("reduce_prod", "cumprod"):
-        return "zero factor"
+        factors = np.asarray(frame.values[node.operands[0]])
+        return "underflow" if factors.all() else "zero factor"
     if node.name in (*_MOVES, *_SUMS, "add", "sub"):
         small = node.name == "convert_element_type"
         return "underflow" if small else "cancellation"
+    if (mask & _nonzero(_with(frame, number, place, np.ones_like))).any():
+        return "underflow"
     return "at a minimum" if node.name in _BOTTOMS else "saturation"
 
 
-def _of_product(frame: Frame, number: int, place: int) -> Reason:
+def _of_product(frame: Frame, number: int, place: int, mask: Any) -> Reason:
     """Why a product lets nothing through: a zero factor, rounding, or a sum of zero."""
     node = frame.node(number)
+
+    def passes(arriving: Any, used: Any) -> bool:
+        return bool(
+            (mask & _nonzero(_with(frame, number, place, arriving, used))).any()
+        )
+
     if len(set(node.operands[:2])) == 1:
-        return "at a minimum"
-    backward = backward_of(frame, number)
-    assert backward is not None
-    graph = backward.frame.graph
-    result = graph.results[backward.operands.index(place)]
-    given = backward.frame.values[: graph.inputs]
-
-    def contribution(of: Any) -> bool:
-        inputs = [jnp.asarray(of(x), x.dtype) for x in given]
-        return bool(jnp.any(run(graph, inputs)[result] != 0))
-
-    if not contribution(lambda x: x != 0):
-        return "zero factor"
-    return "cancellation" if contribution(jnp.abs) else "underflow"
+        return "underflow" if passes(np.ones_like, None) else "at a minimum"
+    if not passes(lambda x: x != 0, lambda x: x != 0):
+        arrives = any(_nonzero(frame.cotangents.get(v)).any() for v in node.outputs)
+        if arrives or not passes(np.ones_like, lambda x: x != 0):
+            return "zero factor"
+    return "cancellation" if passes(np.abs, np.abs) else "underflow"
 
 
 class DeadEntries(NamedTuple):

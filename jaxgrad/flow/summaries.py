@@ -44,7 +44,8 @@ def _numbers(array: Any) -> tuple[Any, ...]:
         array = jnp.abs(array)
     finite = jnp.isfinite(array)
     # float16 and bfloat16 would overflow, or lose count.
-    wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    small = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
+    wide = array.astype(jnp.float32) if small else array * 1.0
     clean = jnp.where(finite, wide, 0)
     count = jnp.sum(finite)
     # Scaled, so that squares don't overflow.
