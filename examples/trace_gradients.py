@@ -31,7 +31,7 @@ padded = x.at[5].set(0.0)
 trace = jaxgrad.trace_gradient(length_loss, model, padded)
 origin = trace.first_nonfinite
 print("Where does the NaN come from?")
-print(f"  {origin.kind}, at {list(origin.index)}: {origin.text}")
+print(f"  {origin.kind}, at {list(origin.index)}:\n  {origin.text}")
 assert not trace
 assert (origin.kind, origin.index) == ("norm at zero", (5,))
 

@@ -18,7 +18,7 @@ from jaxgrad.equations.values import bind, literal
 _DROPPED = ("debug_callback", "debug_print")
 
 # What has no slope, whatever it is applied to.
-FLAT = ("stop_gradient", "floor", "ceil", "round", "sign", "nextafter")
+FLAT = ("stop_gradient", "floor", "ceil", "round", "sign")
 
 
 class Node(NamedTuple):

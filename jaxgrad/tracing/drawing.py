@@ -30,14 +30,14 @@ def tables(trace: GradientTrace) -> list[Table]:
     found = [Table(verdict(trace), note="\n\n".join(_notes(trace)))]
     blocked = {k: v for k, v in trace.blocked.items() if v}
     if blocked:
-        rows = [
-            [name if first else "", _line(block), block.why]
-            for name, blocks in itertools.islice(blocked.items(), _ROWS)
-            for first, block in zip(
-                itertools.chain([True], itertools.repeat(False)), blocks, strict=False
-            )
-        ]
-        found.append(Table("What stops it", ["leaf", "line", "step"], rows))
+        stopped: dict[tuple[str, str], list[str]] = {}
+        for name, blocks in blocked.items():
+            for block in blocks:
+                stopped.setdefault((_line(block), block.why), []).append(name)
+        rows = [[_leaves(names), *where] for where, names in stopped.items()]
+        more = f"{len(rows) - _ROWS} more rows." if len(rows) > _ROWS else ""
+        head = ["leaf", "line", "step"]
+        found.append(Table("What stops it", head, rows[:_ROWS], more))
     return [*found, _lines(trace)]
 
 
@@ -59,6 +59,12 @@ def _names(names: Any) -> str:
     every = [f"`{name}`" for name in names]
     more = f" and {len(every) - _NAMED} others" if len(every) > _NAMED else ""
     return ", ".join(every[:_NAMED]) + more
+
+
+def _leaves(names: list[str]) -> str:
+    """The leaves that one step stops."""
+    more = f"\n{len(names) - 3} more" if len(names) > 3 else ""
+    return "\n".join(names[:3]) + more
 
 
 def _line(block: Block | Origin) -> str:
@@ -181,8 +187,9 @@ def html_of(trace: GradientTrace) -> str:
     for scope, run in itertools.groupby(trace.steps, key=lambda step: step.scope):
         steps = list(run)
         last = _last(steps)
+        count = f"{len(steps)} steps" if len(steps) > 1 else "1 step"
         title = (
-            f"{scope or last.function}: {len(steps)} steps, value "
+            f"{scope or last.function}: {count}, value "
             f"{brief(last.value)}, gradient {brief(last.cotangent)}"
         )
         bad = any(is_bad(s.value) or is_bad(s.cotangent) for s in steps)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +39,10 @@ def mermaid_of(trace: GradientTrace) -> str:
     lines = ["flowchart TD"]
     inputs: dict[str, str] = {}
     edges: dict[tuple[str, str], str] = {}
+    leaves = _modules(list(trace.leaves))
+    members_of: dict[str, list[str]] = {}
+    for leaf, module in leaves.items():
+        members_of.setdefault(module, []).append(leaf)
     bad = []
     for name, members in names.items():
         last = members[-1]
@@ -46,19 +52,21 @@ def mermaid_of(trace: GradientTrace) -> str:
         for step in members:
             slopes = step.local_derivatives if step is last else ()
             for place, source in enumerate(step.inputs):
-                start = _start(source, steps, group, boxes, inputs)
+                start = _start(source, steps, group, boxes, inputs, leaves)
                 if start is not None and start != boxes[name]:
                     slope = slopes[place] if place < len(slopes) else None
                     label = "" if slope is None else f"|{number(slope, 4)}|"
                     edges.setdefault((start, boxes[name]), label)
     for name, box in inputs.items():
-        leaf = name in trace.leaves
+        those = members_of.get(name, [])
         text = _escape(name)
-        if leaf:
-            text += f"<br/>gradient {_short(trace.leaves[name])}"
-            if is_bad(trace.leaves[name]):
-                bad.append(box)
-        lines.append(f'  {box}(["{text}"]):::{"leaf" if leaf else "data"}')
+        if len(those) == 1:
+            text += f"<br/>gradient {_short(trace.leaves[those[0]])}"
+        elif those:
+            text += f"<br/>{len(those)} leaves"
+        if any(is_bad(trace.leaves[leaf]) for leaf in those):
+            bad.append(box)
+        lines.append(f'  {box}(["{text}"]):::{"leaf" if those else "data"}')
     lines += [f"  {a} -->{label} {b}" for (a, b), label in edges.items()]
     lines += [f"  {style}" for style in _STYLES]
     if bad:
@@ -66,8 +74,8 @@ def mermaid_of(trace: GradientTrace) -> str:
     return "\n".join(lines)
 
 
-def _grouping(steps: Iterable[Step]) -> Callable[[Step], str]:
-    """What steps are drawn as one box: none, those of a line, or of a scope."""
+def _grouping(steps: Sequence[Step]) -> Callable[[Step], str]:
+    """What steps are drawn as one box: one, those of a line, or of a scope."""
 
     def each(step: Step) -> str:
         return f"#{step.number} {step.operation}"
@@ -81,11 +89,27 @@ def _grouping(steps: Iterable[Step]) -> Callable[[Step], str]:
 
         return name
 
-    ways = [each, by_line, *(to_depth(depth) for depth in (4, 3, 2, 1))]
-    for way in ways:
-        if len({way(step) for step in steps}) <= _BOXES:
-            return way
-    return ways[-1]
+    numbers = {id(step): place for place, step in enumerate(steps)}
+
+    def in_turn(step: Step) -> str:
+        part = numbers[id(step)] * _BOXES // len(steps)
+        return f"part {part + 1} of {_BOXES}"
+
+    ways = [each, by_line, *(to_depth(depth) for depth in range(8, 0, -1)), in_turn]
+    counted = {len({way(step) for step in steps}): way for way in reversed(ways)}
+    # The finest that fits; a program without scopes is cut into parts.
+    most = max(count for count in counted if count <= _BOXES)
+    return counted[most if most > _BOXES // 8 else len({*map(in_turn, steps)})]
+
+
+def _modules(leaves: list[str]) -> dict[str, str]:
+    """Per leaf the box that it's drawn in: its own, or its module's if many."""
+    for depth in (None, 4, 3, 2, 1):
+        parts = [re.split(r"(?=[.\[])", leaf) for leaf in leaves]
+        names = ["".join(part[:depth]) for part in parts]
+        if len(set(names)) <= _BOXES:
+            return dict(zip(leaves, names, strict=True))
+    return dict.fromkeys(leaves, "all leaves")
 
 
 def _start(
@@ -94,15 +118,16 @@ def _start(
     group: Callable[[Step], str],
     boxes: dict[str, str],
     inputs: dict[str, str],
+    leaves: dict[str, str],
 ) -> str | None:
     """The box that an input comes from; `None` for a number written in the code."""
-    if source.startswith("#"):
+    if source.startswith("#") and source not in leaves:
         return boxes[group(steps[int(source[1:].partition("[")[0])])]
-    try:
-        float(source)
-    except ValueError:
-        return inputs.setdefault(source, f"i{len(inputs)}")
-    return None
+    with contextlib.suppress(ValueError):
+        if source not in leaves:
+            float(source)
+            return None
+    return inputs.setdefault(leaves.get(source, source), f"i{len(inputs)}")
 
 
 def _label(name: str, steps: list[Step]) -> str:

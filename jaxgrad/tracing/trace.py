@@ -78,24 +78,27 @@ def trace_gradient(
     try:
         with jax.disable_jit(False):
             closed = jax.make_jaxpr(traced)(operands.values, operands.fixed)
+        graph = graph_of(closed)
+        aval = graph.avals[graph.results[0]]
+        frame = frame_of(
+            graph,
+            [*operands.values, *operands.fixed],
+            [*leaves, *fixed],
+            range(len(leaves)),
+            {0: jnp.ones(aval.shape, aval.dtype)},
+        )
     except (
         jax.errors.ConcretizationTypeError,
+        jax.errors.NonConcreteBooleanIndexError,
         jax.errors.TracerArrayConversionError,
         jax.errors.TracerIntegerConversionError,
     ) as error:
         raise TypeError(_needs_the_host(loss, error)) from error
     except Exception as error:
-        error.add_note(f"while tracing the loss {function_name(loss)}")
+        error.add_note(
+            f"while tracing the loss {function_name(loss)}{_place_of(error)}"
+        )
         raise
-    graph = graph_of(closed)
-    aval = graph.avals[graph.results[0]]
-    frame = frame_of(
-        graph,
-        [*operands.values, *operands.fixed],
-        [*leaves, *fixed],
-        range(len(leaves)),
-        {0: jnp.ones(aval.shape, aval.dtype)},
-    )
     gradient = [frame.cotangents[place] for place in range(len(leaves))]
     stock = iter(gradient)
     tree = jax.tree.map(
@@ -112,15 +115,18 @@ def trace_gradient(
 
 def _needs_the_host(loss: Loss, error: Exception) -> str:
     """Says which line of the loss asks for a number while it is being traced."""
-    where = ""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not in_library(frame.filename):
-            where = f" at {frame.filename}, line {frame.lineno}: `{frame.line}`"
-            break
     return (
         f"The loss {function_name(loss)} needs the value of an array on the host"
-        f"{where}. While a gradient is traced there are no values yet: keep to jnp "
-        "(`jnp.where` or `jax.lax.cond` for `if`, arrays for `float(x)`, `x.item()` "
-        "and NumPy), or pass what doesn't depend on params as a plain Python number "
+        f"{_place_of(error)}. While a gradient is traced there are no values yet: keep "
+        "to jnp (`jnp.where` or `jax.lax.cond` for `if`, arrays for `float(x)`, "
+        "`x.item()` and NumPy), or pass what doesn't depend on params as a plain Python number "
         "in *args."
     )
+
+
+def _place_of(error: Exception) -> str:
+    """The innermost line outside of libraries that an error went through."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not in_library(frame.filename):
+            return f" at {frame.filename}, line {frame.lineno}: `{frame.line}`"
+    return ""
