@@ -74,6 +74,11 @@ class Frame:
         """The variables that depend on the parameters."""
         return self.graph.moved_by(self.moving, smoothly=False)
 
+    @cached_property
+    def smooth(self) -> set[int]:
+        """Those that do so by a slope."""
+        return self.graph.moved_by(self.moving, smoothly=True)
+
     def node(self, number: int) -> Node:
         """One equation."""
         return self.graph.nodes[number]

@@ -120,8 +120,8 @@ class Step:
         """Of a step from scalars to a scalar: its derivative by each input.
 
         The cotangent of an input is the step's cotangent times this, so that a chain of
-        scalars reads as a product. `None` for an input without one, and empty where an
-        input or an output isn't a scalar.
+        scalars reads as a product. `None` for an input to which no gradient flows, and
+        empty where an input or an output isn't a scalar.
         """
         node = self._frame.node(self.number)
         avals = [self._frame.graph.avals[v] for v in (*node.operands, *node.outputs)]
@@ -132,7 +132,7 @@ class Step:
             place
             for place, x in enumerate(operands)
             if jnp.issubdtype(x.dtype, jnp.floating)
-            and node.operands[place] in self._frame.moves
+            and node.operands[place] in self._frame.smooth
         ]
         slopes: list[float | None] = [None] * len(operands)
         if not floats or not self._frame.graph.inexact(node.outputs[0]):

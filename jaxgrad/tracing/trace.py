@@ -119,8 +119,8 @@ def _needs_the_host(loss: Loss, error: Exception) -> str:
         f"The loss {function_name(loss)} needs the value of an array on the host"
         f"{_place_of(error)}. While a gradient is traced there are no values yet: keep "
         "to jnp (`jnp.where` or `jax.lax.cond` for `if`, arrays for `float(x)`, "
-        "`x.item()` and NumPy), or pass what doesn't depend on params as a plain Python number "
-        "in *args."
+        "`x.item()` and NumPy), or pass what doesn't depend on params as a plain "
+        "Python number in *args."
     )
 
 
