@@ -1,20 +1,19 @@
 """What flows through a loss: where it goes bad, and where it dies."""
 
-from jaxgrad.flow.blocks import Block, DeadEntries, Reason, blocks_of, dead_entries_of
-from jaxgrad.flow.frames import Frame, backward_of, forward_of, frame_of, opens
+from jaxgrad.flow.blocks import Block, DeadEntries, blocks_of, dead_entries_of
+from jaxgrad.flow.frames import Frame, frame_of
 from jaxgrad.flow.nonfinite import all_nonfinite, first_nonfinite
-from jaxgrad.flow.places import Spot, operation_of, scope_of, spot_of, text_of
-from jaxgrad.flow.reasons import NonfiniteKind, Origin
-from jaxgrad.flow.summaries import Summary, is_number, summary_of
+from jaxgrad.flow.opening import backward_of, forward_of, opens
+from jaxgrad.flow.places import Line, line_of
+from jaxgrad.flow.reasons import Origin
+from jaxgrad.flow.summaries import Summary, is_number
 
 __all__ = [
     "Block",
     "DeadEntries",
     "Frame",
-    "NonfiniteKind",
+    "Line",
     "Origin",
-    "Reason",
-    "Spot",
     "Summary",
     "all_nonfinite",
     "backward_of",
@@ -24,10 +23,6 @@ __all__ = [
     "forward_of",
     "frame_of",
     "is_number",
+    "line_of",
     "opens",
-    "operation_of",
-    "scope_of",
-    "spot_of",
-    "summary_of",
-    "text_of",
 ]

@@ -6,54 +6,26 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.compiling import Program
-from jaxgrad.equations import FLAT, Node, bind, frames_of, in_library, rule_place, run
-from jaxgrad.flow.frames import Frame, backward_of, forward_of, scan_of
+from jaxgrad.equations import FLAT, Node, frames_of, in_library, run
+from jaxgrad.flow.frames import Frame
+from jaxgrad.flow.opening import forward_of, scan_of
+from jaxgrad.flow.passing import (
+    EXPLAINED,
+    Reached,
+    Reason,
+    contributes,
+    dependent,
+    is_blind,
+    nonzero,
+    reason_of,
+)
 from jaxgrad.flow.places import Spot, spot_of
-
-Reason = Literal[
-    "stop_gradient",
-    "rounding",
-    "argmax",
-    "comparison",
-    "integer cast",
-    "flat",
-    "maximum's loser",
-    "saturation",
-    "underflow",
-    "branch not taken",
-    "zero factor",
-    "discarded",
-    "cancellation",
-    "at a minimum",
-    "stationary",
-    "custom rule",
-]
-
-EXPLAINED: dict[Reason, str] = {
-    "stop_gradient": "lets no gradient through",
-    "rounding": "is a staircase: its slope is zero everywhere",
-    "argmax": "returns places, which have no slope",
-    "comparison": "returns true or false, which has no slope",
-    "integer cast": "returns integers, which have no slope",
-    "flat": "is flat at every entry",
-    "maximum's loser": "takes another number at every entry",
-    "saturation": "is saturated: its slope rounds to zero",
-    "underflow": "is so small that its slope, or a product, rounds to zero",
-    "branch not taken": "takes the other branch at every entry",
-    "zero factor": "multiplies it by zero",
-    "discarded": "makes what the loss doesn't use",
-    "cancellation": "is where the parts of its gradient cancel exactly",
-    "at a minimum": "has the slope zero here, and the loss rises on all sides",
-    "stationary": "has the slope zero here, which is no minimum of the loss",
-    "custom rule": "has a hand-written rule that returns zero",
-}
 
 
 @dataclass(frozen=True)
@@ -76,10 +48,6 @@ class _Blocked(NamedTuple):
     frame: Frame
     number: int
     reason: Reason
-
-
-Reached = dict[int, Any]
-"""Per variable that depends on the leaf: a mask of the entries that do."""
 
 
 def blocks_of(frame: Frame, leaf: int) -> tuple[Block, ...]:
@@ -159,9 +127,9 @@ def _walk(frame: Frame, reached: Reached) -> Iterator[_Blocked]:
         if stopped:
             yield _Blocked(frame, number, stopped)
             continue
-        after = _dependent(frame, number, places, reached)
-        nonzero = {
-            v: _nonzero(frame.cotangents.get(v)) & mask for v, mask in after.items()
+        after = dependent(frame, number, places, reached)
+        arriving = {
+            v: nonzero(frame.cotangents.get(v)) & mask for v, mask in after.items()
         }
         if node.name == "select_n" and _untaken(frame, node, places, reached):
             yield _Blocked(frame, number, "branch not taken")
@@ -170,12 +138,12 @@ def _walk(frame: Frame, reached: Reached) -> Iterator[_Blocked]:
                 yield _Blocked(frame, number, "branch not taken")
                 continue
             yield _Blocked(frame, number, "discarded")
-        blind = [p for p in places if _blind(frame, number, p, reached)]
-        if blind and not any(mask.any() for mask in nonzero.values()):
+        blind = [p for p in places if is_blind(frame, number, p, reached)]
+        if blind and not any(mask.any() for mask in arriving.values()):
             # Nothing arrives, and nothing would get through.
-            yield _Blocked(frame, number, _reason(frame, number, blind[0], reached))
+            yield _Blocked(frame, number, reason_of(frame, number, blind[0], reached))
             continue
-        if not any(mask.any() for mask in nonzero.values()):
+        if not any(mask.any() for mask in arriving.values()):
             for v, mask in after.items():
                 reached[v] = reached.get(v, False) | mask
             continue
@@ -186,16 +154,12 @@ def _walk(frame: Frame, reached: Reached) -> Iterator[_Blocked]:
             yield from _through_cond(frame, number, places, reached)
             continue
         for place in places:
-            if _contributes(frame, number, place, reached[node.operands[place]]):
+            if contributes(frame, number, place, reached[node.operands[place]]):
                 alive.setdefault(node.operands[place], []).append(number)
             elif node.name != "select_n":
-                yield _Blocked(frame, number, _reason(frame, number, place, reached))
+                yield _Blocked(frame, number, reason_of(frame, number, place, reached))
     for numbers in alive.values():
         yield _Blocked(frame, _meeting(frame, numbers), "cancellation")
-
-
-def _nonzero(cotangent: Any) -> Any:
-    return False if cotangent is None else np.asarray(cotangent) != 0
 
 
 def _stops(frame: Frame, node: Node) -> Reason | None:
@@ -253,115 +217,14 @@ def _chooses(blocked: _Blocked) -> bool:
     return True
 
 
-# Each output entry is one input entry, or none.
-_MOVES = (
-    "concatenate",
-    "stack",
-    "unstack",
-    "tile",
-    "pad",
-    "slice",
-    "dynamic_slice",
-    "dynamic_update_slice",
-    "gather",
-    "scatter",
-    "reshape",
-    "transpose",
-    "squeeze",
-    "broadcast_in_dim",
-    "rev",
-    "expand_dims",
-    "split",
-    "copy",
-    "select_n",
-    "convert_element_type",
-)
-# Each output entry is a sum of input entries, times those of another input.
-_SUMS = (
-    "dot_general",
-    "conv_general_dilated",
-    "reduce_sum",
-    "cumsum",
-    "scatter-add",
-    "scatter_add",
-)
-_BY_AXES = ("reduce_max", "reduce_min", "reduce_prod")
-
-
-def _dependent(
-    frame: Frame, number: int, places: list[int], reached: Reached
-) -> Reached:
-    """Which entries of a step's outputs depend on the entries of its inputs."""
-    node, graph = frame.node(number), frame.graph
-    outputs = [v for v in node.outputs if graph.inexact(v)]
-    masks = [reached.get(v) for v in node.operands]
-    shapes = {np.shape(graph.avals[v]) for v in (*node.operands, *outputs)} - {()}
-    if node.name in (*_MOVES, *_SUMS):
-        rest = np.ones if node.name in _SUMS else np.zeros
-        inputs = []
-        for place, value in enumerate(frame.operands(number)):
-            if not graph.inexact(node.operands[place]):
-                inputs.append(value)
-            elif place in places:
-                inputs.append(jnp.asarray(masks[place], value.dtype))
-            else:
-                inputs.append(jnp.asarray(rest(value.shape), value.dtype))
-        with jax.disable_jit(False):
-            out = dict(zip(node.outputs, bind(node.eqn, inputs), strict=True))
-        return {v: np.nan_to_num(np.asarray(out[v])) != 0 for v in outputs}
-    if node.name in _BY_AXES:
-        mask = masks[places[0]]
-        assert mask is not None
-        return {outputs[0]: mask.any(axis=tuple(node.eqn.params["axes"]))}
-    whole = any(mask.all() for p in places if (mask := masks[p]) is not None)
-    if len(shapes) == 1 and not whole and node.name not in _MIXING:
-        each = [mask for p in places if (mask := masks[p]) is not None]
-        (shape,) = shapes
-        return {v: np.broadcast_to(np.any(each, axis=0), shape) for v in outputs}
-    return {v: np.ones(graph.avals[v].shape, bool) for v in outputs}
-
-
-# Of one shape, and yet each output entry depends on many input entries.
-_MIXING = (
-    "sort",
-    "fft",
-    "cumprod",
-    "cummax",
-    "cummin",
-    "cumlogsumexp",
-    "cholesky",
-    "triangular_solve",
-    "lu",
-    "eigh",
-    "scan",
-    "cond",
-    "while",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_linear_solve",
-    "reduce_window",
-    "reduce_window_max",
-    "reduce_window_sum",
-    "householder_product",
-)
-
-
 def _untaken(frame: Frame, node: Node, places: list[int], reached: Reached) -> bool:
     """Whether a `where` takes the other branch at an entry that has a gradient."""
-    slope = _nonzero(frame.cotangents.get(node.outputs[0]))
+    slope = nonzero(frame.cotangents.get(node.outputs[0]))
     which = np.asarray(frame.values[node.operands[0]]).astype(int)
     return any(
         bool((slope & reached[node.operands[p]] & (which != p - 1)).any())
         for p in places
     )
-
-
-def _contributes(frame: Frame, number: int, place: int, mask: Any) -> bool:
-    """Whether a step lets any gradient through to some entries of an operand."""
-    backward = backward_of(frame, number)
-    if backward is None or place not in backward.operands:
-        return False
-    return bool((mask & _nonzero(backward.contribution(place))).any())
 
 
 def _meeting(frame: Frame, numbers: list[int]) -> int:
@@ -377,42 +240,6 @@ def _meeting(frame: Frame, numbers: list[int]) -> int:
         }
         meeting = after if meeting is None else meeting & after
     return min(meeting or set(numbers))
-
-
-# Steps through which a gradient may not come, whatever arrives.
-_GATES = ("mul", "max", "min", "clamp", "logistic", "tanh", "exp", "exp2", "erf")
-
-
-def _blind(frame: Frame, number: int, place: int, reached: Reached) -> bool:
-    """Whether a step would let nothing through, were a gradient of 1 to arrive."""
-    node = frame.node(number)
-    if not (node.name in _GATES or node.custom):
-        return False
-    added = _with(frame, number, place, np.ones_like)
-    if added is None:  # what comes later stops it: nothing is asked of this step
-        return False
-    return not (reached[node.operands[place]] & _nonzero(added)).any()
-
-
-def _with(
-    frame: Frame, number: int, place: int, arriving: Any, used: Any = None
-) -> Any:
-    """What a step adds to an operand's cotangent, were other numbers to arrive.
-
-    And, with `used`, were its inputs others.
-    """
-    backward = backward_of(frame, number)
-    if backward is None or place not in backward.operands:
-        return None
-    graph, count = backward.frame.graph, len(frame.node(number).operands)
-    given = [
-        jnp.asarray(arriving(np.asarray(x)), x.dtype) if i >= count
-        else x if used is None else jnp.asarray(used(np.asarray(x)), x.dtype)
-        for i, x in enumerate(backward.frame.values[: graph.inputs])
-    ]  # fmt: skip
-    with jax.disable_jit(False):
-        values = run(graph, given)
-    return values[graph.results[backward.operands.index(place)]]
 
 
 def _through_cond(
@@ -455,68 +282,6 @@ def _through_scan(
         carried = {first + k: start[v] for k, v in enumerate(results) if v in start}
     if not blocked and len(scan.order) <= _ROWS:
         yield _Blocked(frame, number, "discarded")
-
-
-# Slopes that are zero at a number, and not near it.
-_BOTTOMS = ("square", "integer_pow", "abs", "pow", "cos", "cosh", "sin")
-_WINNERS = ("reduce_max", "reduce_min", "cummax", "cummin", "sort", "top_k")
-_LIMITED = ("logistic", "tanh", "erf", "erfc", "exp", "exp2", "expm1", "atan", "log1p")
-
-
-def _reason(frame: Frame, number: int, place: int, reached: Reached) -> Reason:
-    """Why a step lets nothing through to an operand."""
-    node = frame.node(number)
-    mask = reached[node.operands[place]]
-    if node.custom:
-        names = {n.name for n in forward_of(frame, number).graph.nodes}
-        if not in_library(rule_place(node.eqn).file):
-            return "custom rule"
-        flat = names & {"max", "min", "clamp"} and not names & {"exp", "log"}
-        return "flat" if flat else "saturation"
-    if node.name == "clamp":
-        return "flat"
-    if node.name in ("max", "min"):
-        other = node.operands[1 - place]
-        return "maximum's loser" if other in frame.moves else "flat"
-    if node.name.startswith("reduce_window") or node.name in _WINNERS:
-        return "maximum's loser"
-    if node.name in ("mul", "dot_general", "conv_general_dilated"):
-        return _of_product(frame, number, place, mask)
-    if node.name == "div":
-        above = np.asarray(frame.values[node.operands[0]])
-        return "zero factor" if place == 1 and not above.any() else "underflow"
-    if node.name in ("exp", "exp2"):
-        value = np.asarray(frame.values[node.outputs[0]])
-        return "underflow" if not value.any() else "saturation"
-    if node.name in _LIMITED:
-        return "saturation"
-    if node.name in ("reduce_prod", "cumprod"):
-        factors = np.asarray(frame.values[node.operands[0]])
-        return "underflow" if factors.all() else "zero factor"
-    if node.name in (*_MOVES, *_SUMS, "add", "sub"):
-        small = node.name == "convert_element_type"
-        return "underflow" if small else "cancellation"
-    if (mask & _nonzero(_with(frame, number, place, np.ones_like))).any():
-        return "underflow"
-    return "at a minimum" if node.name in _BOTTOMS else "saturation"
-
-
-def _of_product(frame: Frame, number: int, place: int, mask: Any) -> Reason:
-    """Why a product lets nothing through: a zero factor, rounding, or a sum of zero."""
-    node = frame.node(number)
-
-    def passes(arriving: Any, used: Any) -> bool:
-        return bool(
-            (mask & _nonzero(_with(frame, number, place, arriving, used))).any()
-        )
-
-    if len(set(node.operands[:2])) == 1:
-        return "underflow" if passes(np.ones_like, None) else "at a minimum"
-    if not passes(lambda x: x != 0, lambda x: x != 0):
-        arrives = any(_nonzero(frame.cotangents.get(v)).any() for v in node.outputs)
-        if arrives or not passes(np.ones_like, lambda x: x != 0):
-            return "zero factor"
-    return "cancellation" if passes(np.abs, np.abs) else "underflow"
 
 
 class DeadEntries(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.flow.frames import Frame, backward_of
+from jaxgrad.flow.frames import Frame
+from jaxgrad.flow.opening import backward_of
 from jaxgrad.flow.origins import Found, origin_of_gradient, origin_of_value
 from jaxgrad.flow.reasons import Origin, explain
 from jaxgrad.flow.summaries import is_number

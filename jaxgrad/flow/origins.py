@@ -9,14 +9,8 @@ import jax
 import numpy as np
 
 from jaxgrad.equations import bind
-from jaxgrad.flow.frames import (
-    Frame,
-    backward_of,
-    forward_of,
-    opens,
-    scan_of,
-    turns_of,
-)
+from jaxgrad.flow.frames import Frame
+from jaxgrad.flow.opening import backward_of, forward_of, opens, scan_of, turns_of
 
 Index = tuple[int, ...]
 

@@ -10,20 +10,18 @@ from jaxgrad.equations import Node, rule_place, source_of
 from jaxgrad.flow.frames import Frame
 
 
-@dataclass(frozen=True)
-class Spot:
-    """A step of the loss, or of what is inside of one.
+@dataclass(frozen=True, eq=False)
+class Line:
+    """A step of the loss, and where it's written.
 
     Attributes:
-      number: of the step in the trace, which this is or stands in.
+      number: of the step, in the trace or in what was opened.
       operation: the primitive's name; of a custom rule the function's.
       function: the function that its line stands in.
       file: the file.
       line: the line.
       text: the line's text; empty where Python doesn't have it.
       scope: the name stack: modules and `jax.named_scope`s, from the outside in.
-      iteration: of the innermost loop that it stands in, if any.
-      branch: of the innermost `cond` that it stands in, if any.
     """
 
     number: int
@@ -33,16 +31,42 @@ class Spot:
     line: int
     text: str
     scope: str
+
+
+@dataclass(frozen=True, eq=False)
+class Spot(Line):
+    """A step of the loss, whose number it has, or one inside of it.
+
+    Attributes:
+      iteration: of the innermost loop that it stands in, if any.
+      branch: of the innermost `cond` that it stands in, if any.
+    """
+
     iteration: int | None
     branch: int | None
 
 
+def line_of(frame: Frame, number: int) -> Line:
+    """Where a frame's node is written."""
+    node = frame.node(number)
+    place = source_of(*node.lines)
+    text = linecache.getline(place.file, place.line).strip()
+    return Line(
+        number,
+        operation_of(node),
+        place.function,
+        place.file,
+        place.line,
+        text,
+        scope_of(node),
+    )
+
+
 def spot_of(frame: Frame, number: int) -> Spot:
     """The place of a frame's node; one of a backward frame is the step's it is of."""
-    inner = frame.node(number)
-    place = source_of(*inner.lines)
+    line = line_of(frame, number)
     iteration = branch = None
-    operation = operation_of(inner)
+    operation = line.operation
     while (outer := frame.outer) is not None:
         if outer.kind == "iteration" and iteration is None:
             iteration = outer.place
@@ -51,27 +75,13 @@ def spot_of(frame: Frame, number: int) -> Spot:
         frame, number = outer.frame, outer.number
         if outer.kind == "backward":
             operation = operation_of(frame.node(number))
-    return Spot(
-        number,
-        operation,
-        place.function,
-        place.file,
-        place.line,
-        text_of(place.file, place.line),
-        scope_of(inner),
-        iteration,
-        branch,
-    )
+    facts = {**vars(line), "number": number, "operation": operation}
+    return Spot(**facts, iteration=iteration, branch=branch)
 
 
 def operation_of(node: Node) -> str:
     """The primitive's name; of a custom rule the function's."""
     return rule_place(node.eqn).function if node.custom else node.name
-
-
-def text_of(file: str, line: int) -> str:
-    """A line of source; those of a notebook or the prompt Python keeps itself."""
-    return linecache.getline(file, line).strip()
 
 
 _TRANSFORMED = re.compile(r"\w+\(([^()]*)\)")

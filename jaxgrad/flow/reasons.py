@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.equations import Node, Place, in_library, rule_place, source_of
-from jaxgrad.flow.frames import Frame, opens
+from jaxgrad.flow.frames import Frame
+from jaxgrad.flow.opening import opens
 from jaxgrad.flow.origins import Entry, Found, bad
 from jaxgrad.flow.places import Spot, operation_of, spot_of
 from jaxgrad.flow.repairs import REPAIRS, safe_code

@@ -11,17 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.equations import Place, bind, frames_of, source_of
+from jaxgrad.equations import Place, bind, frames_of
 from jaxgrad.flow import (
     Frame,
+    Line,
     Summary,
     backward_of,
     forward_of,
     is_number,
+    line_of,
     opens,
-    operation_of,
-    scope_of,
-    text_of,
 )
 
 # So many numbers are shown as they are.
@@ -61,29 +60,15 @@ def shown(frame: Frame, array: Any) -> np.ndarray | Summary | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """One operation of a loss.
+class Step(Line):
+    """One operation of a loss: a `Line` that has been evaluated.
 
     Attributes:
-      number: its place in `trace.steps`, or in those of what was opened.
-      operation: the primitive's name; of a custom rule the function's.
-      function: the function that its line stands in.
-      file: the file.
-      line: the line.
-      text: the line's text; empty where Python doesn't have it.
-      scope: the name stack: modules and `jax.named_scope`s, from the outside in.
       inputs: a leaf's path, `args[0]`, a literal, or `#` and the number of a step.
       outputs: one for most operations.
       phase: `backward` for the steps of a rule's backward part, else `forward`.
     """
 
-    number: int
-    operation: str
-    function: str
-    file: str
-    line: int
-    text: str
-    scope: str
     inputs: tuple[str, ...]
     outputs: tuple[Output, ...]
     phase: Literal["forward", "backward"]
@@ -179,7 +164,6 @@ class Step:
 def steps_of(frame: Frame) -> Iterator[Step]:
     """The steps of a frame, in order."""
     for number, node in enumerate(frame.graph.nodes):
-        place = source_of(*node.lines)
         outputs = tuple(
             Output(
                 tuple(frame.graph.avals[v].shape),
@@ -191,13 +175,7 @@ def steps_of(frame: Frame) -> Iterator[Step]:
         )
         backward = frame.outer is not None and frame.outer.kind == "backward"
         yield Step(
-            number=number,
-            operation=operation_of(node),
-            function=place.function,
-            file=place.file,
-            line=place.line,
-            text=text_of(place.file, place.line),
-            scope=scope_of(node),
+            **vars(line_of(frame, number)),
             inputs=tuple(map(frame.name_of, node.operands)),
             outputs=outputs,
             phase="backward" if backward else "forward",
