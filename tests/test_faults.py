@@ -113,9 +113,11 @@ def traced(case):
     from jaxgrad import trace_gradient
 
     problem = case.build()
-    return trace_gradient(
+    trace = trace_gradient(
         problem.loss, problem.params, *problem.args, has_aux=problem.has_aux
     )
+    check_gradient_of(trace, gradient(problem))
+    return trace
 
 
 def same_file(one, other):
@@ -192,8 +194,3 @@ def test_trace_healthy(case):
     assert marks(case).infinite <= {origin.line for origin in trace.nonfinite}
     for leaf, places in case.dead.items():
         assert trace.dead_entries[leaf].slices[0] == places
-
-
-@each(CASES)
-def test_trace_gradient_is_that_of_jax(case):
-    check_gradient_of(traced(case), gradient(case.build()))

@@ -38,15 +38,28 @@ def _traced_apart(bwd: Any) -> Any:
     x64 = bool(jnp.result_type(float) == jnp.float64)
 
     def traced(avals: list[Any]) -> Any:
+        rest: list[Any] = []
+
+        def function(*operands: Any) -> list[Any]:
+            # Beside arrays a `bwd` returns JAX's own marks, such as symbolic zeros.
+            leaves, structure = jax.tree.flatten(call(bwd.call_wrapped, *operands))
+            arrays = [x for x in leaves if isinstance(x, jax.Array)]
+            marks = [None if isinstance(x, jax.Array) else x for x in leaves]
+            rest[:] = marks, structure
+            return arrays
+
         with jax.enable_x64(x64), jax.disable_jit(False):
-            return jax.make_jaxpr(lambda *operands: call(bwd.call_wrapped, *operands))(
-                *avals
-            )
+            return jax.make_jaxpr(function)(*avals), *rest
 
     def apart(*operands: Any) -> Any:
-        avals = [shaped(x.shape, x.dtype) for x in operands]
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            closed = pool.submit(traced, avals).result()
-        return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *operands)
+        try:
+            avals = [shaped(x.shape, x.dtype) for x in operands]
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                closed, marks, structure = pool.submit(traced, avals).result()
+        except Exception:  # its lines are lost, not its numbers
+            return bwd.call_wrapped(*operands)
+        arrays = iter(jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *operands))
+        leaves = [next(arrays) if mark is None else mark for mark in marks]
+        return jax.tree.unflatten(structure, leaves)
 
     return lu.wrap_init(apart, debug_info=bwd.debug_info)
