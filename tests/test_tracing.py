@@ -203,6 +203,21 @@ def test_lines_that_are_not_on_disk():
     assert (trace.steps[0].line, trace.steps[0].text) == (3, "")
 
 
+def test_what_is_returned_has_public_types():
+    trace = trace_gradient(lambda w: jnp.sum(jnp.sqrt(w)), jnp.zeros(9))
+    assert isinstance(trace, jaxgrad.GradientTrace)
+    assert isinstance(trace.steps[0], jaxgrad.Step)
+    assert isinstance(trace.steps[0].outputs[0], jaxgrad.Output)
+    assert isinstance(trace.steps[0].value, jaxgrad.Summary)
+    assert isinstance(trace.first_nonfinite, jaxgrad.Origin)
+    trace = trace_gradient(lambda w: jnp.round(w[0]) + w[1] * 0, jnp.ones(3))
+    assert isinstance(trace.blocked["params"][0], jaxgrad.Block)
+    trace = trace_gradient(lambda w: w[0] ** 2, jnp.ones(3))
+    dead = trace.dead_entries["params"]
+    assert isinstance(dead, jaxgrad.DeadEntries)
+    assert (dead.entries, dead.size, dead.slices) == (2, 3, ((1, 2),))
+
+
 # What is inside of a step
 
 

@@ -10,6 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.equations import Node, Place, in_library, rule_place, source_of
+from jaxgrad.flow.behind import (
+    is_norm,
+    is_root,
+    is_softmax,
+    is_sum_of_exponentials,
+)
 from jaxgrad.flow.frames import Frame
 from jaxgrad.flow.opening import opens
 from jaxgrad.flow.origins import Entry, Found, bad
@@ -79,7 +85,7 @@ def explain(found: Found, *, harmless: bool) -> Origin:
     """Says in words what was found."""
     frame, number, entry = found.entry.frame, found.node, found.entry
     masked = found.given and np.isneginf(entry.value)
-    if found.born and masked and _is_softmax(*found.born):
+    if found.born and masked and is_softmax(*found.born):
         entry, number = found.born
         reason = (
             "every entry that softmax is taken over is -inf, so that its maximum is "
@@ -198,51 +204,6 @@ def _given(found: Found, harmless: bool) -> Origin:
     return _origin(frame, number, phase, why, entry, harmless, name)
 
 
-def _is_softmax(entry: Entry, number: int) -> bool:
-    """Whether a node subtracts a maximum, as softmax and log-softmax do."""
-    node = entry.frame.node(number)
-    return node.name == "sub" and "reduce_max" in _behind(entry.frame, node.operands[1])
-
-
-_PASSED = (
-    "stop_gradient",
-    "broadcast_in_dim",
-    "reshape",
-    "squeeze",
-    "expand_dims",
-    "convert_element_type",
-    "select_n",
-    "max",
-    "transpose",
-    "copy",
-    "abs",
-)
-
-
-def _behind(frame: Frame, variable: int) -> Iterator[str]:
-    """What made a variable, through steps that only pass numbers on."""
-    for _ in range(12):
-        made = frame.graph.maker.get(variable)
-        if made is None:
-            outer = frame.outer
-            if outer is None or outer.kind != "forward":
-                return
-            node = outer.frame.node(outer.number)
-            if variable >= len(node.operands):
-                return
-            frame, variable = outer.frame, node.operands[variable]
-            continue
-        node = frame.node(made[0])
-        yield node.name
-        if node.name not in _PASSED:
-            return
-        inputs = [v for v in node.operands if frame.graph.inexact(v)]
-        if not inputs:
-            return
-        makers = [v for v in inputs if v in frame.graph.maker]
-        variable = (makers or inputs)[0]
-
-
 def _operands_at(
     frame: Frame, number: int, index: tuple[int, ...]
 ) -> list[float | None]:
@@ -315,9 +276,7 @@ def _forward(frame: Frame, number: int, index: tuple[int, ...]) -> _Why:
         if matrix in _MATRICES:
             return _Why("singular matrix", f"`{matrix}` of a matrix that is singular.")
     if name in ("log", "log1p") and x == (0 if name == "log" else -1):
-        if "reduce_sum" in _behind(frame, node.operands[0]) and _all_masked(
-            frame, node.operands[0]
-        ):
+        if is_sum_of_exponentials(frame, node.operands[0]):
             return _Why(
                 "empty softmax",
                 "every entry that logsumexp is taken over is -inf, so that it is the "
@@ -325,14 +284,14 @@ def _forward(frame: Frame, number: int, index: tuple[int, ...]) -> _Why:
             )
         return _Why("log of zero", f"`{name}` at {x:g} is -inf.")
     if name == "div" and y == 0:
-        if _all_masked(frame, node.operands[1]):
+        if is_sum_of_exponentials(frame, node.operands[1]):
             return _Why(
                 "empty softmax",
                 "the sum that softmax divides by is 0: the mask leaves nothing.",
             )
         what = "NaN" if x == 0 else "infinite"
         over = "0 / 0" if x == 0 else f"{_num(x)} / 0"
-        root = _is_root(frame, node.operands[1])
+        root = is_root(frame, node.operands[1])
         return _Why("division by zero", f"{over} is {what}.", "root" if root else "")
     if name == "rem" and y == 0:
         return _Why("division by zero", "a remainder of a division by 0 is NaN.")
@@ -391,36 +350,6 @@ def _callers_of(frame: Frame) -> Iterator[str]:
         frame = frame.outer.frame
 
 
-def _all_masked(frame: Frame, variable: int) -> bool:
-    """Whether a sum is one of exponentials, as softmax divides by it."""
-    names = list(_behind(frame, variable))
-    if "reduce_sum" not in names:
-        return False
-    found = _maker(frame, variable, "reduce_sum")
-    if found is None:
-        return False
-    inner, node = found
-    return "exp" in _behind(inner, node.operands[0])
-
-
-def _maker(frame: Frame, variable: int, name: str) -> tuple[Frame, Node] | None:
-    """The step of a name behind a variable, through steps that pass numbers on."""
-    for _ in range(12):
-        made = frame.graph.maker.get(variable)
-        if made is None:
-            return None
-        node = frame.node(made[0])
-        if node.name == name:
-            return frame, node
-        if node.name not in _PASSED:
-            return None
-        inputs = [v for v in node.operands if v in frame.graph.maker]
-        if not inputs:
-            return None
-        variable = inputs[0]
-    return None
-
-
 def _backward(frame: Frame, number: int, entry: Entry) -> _Why:
     """Why the backward pass of a step makes a number that isn't finite."""
     outer = frame.outer
@@ -445,7 +374,7 @@ def _backward(frame: Frame, number: int, entry: Entry) -> _Why:
     if _arriving(frame, entry.at) == 0:
         zero = " The gradient that arrives is 0, and 0 times infinity is NaN."
         kept = _dropped_by(where, place, entry.at) or zero
-    if step.name == "sqrt" and x == 0 and _is_norm(where, step.operands[0]):
+    if step.name == "sqrt" and x == 0 and is_norm(where, step.operands[0]):
         return _Why(
             "norm at zero",
             f"a norm has no slope at 0: that of the square root is infinite.{kept}",
@@ -457,7 +386,7 @@ def _backward(frame: Frame, number: int, entry: Entry) -> _Why:
         divisor = y if step.name in ("div", "atan2") else x
         if divisor == 0 or step.name == "atan2":
             reason = f"the slope of `{name}` at {_num(divisor)} divides by 0.{kept}"
-            root = step.name == "div" and _is_root(where, step.operands[1])
+            root = step.name == "div" and is_root(where, step.operands[1])
             return _Why("division by zero", reason, "root" if root else "")
     if step.name in _SLOPED and not (step.name == "pow" and x != 0):
         reason = f"`{_SLOPED[step.name]}` at {_num(x)} has an infinite slope.{kept}"
@@ -465,25 +394,6 @@ def _backward(frame: Frame, number: int, entry: Entry) -> _Why:
     why = _forward(frame, number, entry.at)
     reason = f"in the backward pass of `{name}`, {why.reason}{kept}"
     return _Why(why.kind, reason, why.repair)
-
-
-def _is_norm(frame: Frame, variable: int) -> bool:
-    """Whether a variable is a sum of squares."""
-    if _maker(frame, variable, "reduce_sum"):
-        return True
-    product = _maker(frame, variable, "dot_general")
-    if product:
-        return len(set(product[1].operands)) == 1
-    total = _maker(frame, variable, "add")
-    return total is not None and all(
-        any(_maker(frame, v, name) for name in ("square", "integer_pow", "reduce_sum"))
-        for v in total[1].operands
-    )
-
-
-def _is_root(frame: Frame, variable: int) -> bool:
-    """Whether a variable is a root, such as a norm or a standard deviation."""
-    return "sqrt" in _behind(frame, variable)
 
 
 def _num(x: float | None) -> str:
