@@ -11,11 +11,8 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 
-from jaxgrad.equations.sites import CUSTOM, INLINE, body_of
+from jaxgrad.equations.sites import CUSTOM, DROPPED, INLINE, body_of
 from jaxgrad.equations.values import bind, literal
-
-# Printing is left to the user's own runs.
-_DROPPED = ("debug_callback", "debug_print")
 
 # What has no slope, whatever it is applied to.
 FLAT = ("stop_gradient", "floor", "ceil", "round", "sign")
@@ -150,7 +147,7 @@ def graph_of(closed: Any, callers: tuple[Any, ...] = ()) -> Graph:
             return number
 
         for eqn in jaxpr.eqns:
-            if eqn.primitive.name in _DROPPED:
+            if eqn.primitive.name in DROPPED:
                 continue
             inputs = tuple(map(read, eqn.invars))
             if eqn.primitive.name in INLINE:

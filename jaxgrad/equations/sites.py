@@ -25,6 +25,9 @@ Taps = Mapping[Path, tuple[Sequence[Any], Sequence[Any]]]
 
 CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
+# Printing is left to the user's own runs.
+DROPPED = ("debug_callback", "debug_print")
+
 INLINE = (
     "jit",
     "pjit",

@@ -20,6 +20,7 @@ from jaxgrad.equations.dependence import (
 )
 from jaxgrad.equations.sites import (
     CUSTOM,
+    DROPPED,
     INLINE,
     ClosedJaxpr,
     Path,
@@ -116,7 +117,7 @@ def evaluate(
 def step_of(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]:
     """The outputs of one equation."""
     name = eqn.primitive.name
-    if name in _DROPPED:
+    if name in DROPPED:
         return []
     if not any(value.moves for value in inputs):
         return [still(out) for out in bind(eqn, [value.now for value in inputs])]
@@ -490,8 +491,6 @@ def _solve(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
     refined = lax.fori_loop(0, _REFINEMENTS, refine, solution[:count])
     return [*refined, *solution[count:]]
 
-
-_DROPPED = ("debug_callback", "debug_print")
 
 _OPAQUE = ("pure_callback", "io_callback", "ffi_call", "pallas_call")
 

@@ -27,8 +27,6 @@ NonfiniteKind = Literal[
     "norm at zero",
     "log of zero",
     "division by zero",
-    "zero times infinity",
-    "infinity minus infinity",
     "overflow",
     "domain",
     "equal eigenvalues",

@@ -107,8 +107,6 @@ REPAIRS = {
         "`jnp.where(jnp.isfinite(y), y, 0.0)`, before it is used."
     ),
     "custom rule": "Mend the rule: make its input safe before it is divided by.",
-    "zero times infinity": _GENERAL,
-    "infinity minus infinity": "Keep both numbers finite before they are subtracted.",
 }
 
 
