@@ -1,0 +1,350 @@
+"""One comparison: values, forward pass, loss and gradients, and why they differ."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from jaxgrad.causes import Cause
+from jaxgrad.comparing import telling
+from jaxgrad.comparing.backward import Blame, Search
+from jaxgrad.comparing.forward import Pool
+from jaxgrad.comparing.hypotheses import Context
+from jaxgrad.comparing.jax_side import JaxSide
+from jaxgrad.comparing.judging import NATIVE, NATIVE_LOSS, SAME, Judge
+from jaxgrad.comparing.layouts import laid_out
+from jaxgrad.comparing.links import Link, Measure, links_of
+from jaxgrad.comparing.matching import Matches, match
+from jaxgrad.comparing.parting import Explained, Runs, apart, explain, paddings_of
+from jaxgrad.comparing.report import (
+    BAD,
+    Losses,
+    ParameterComparison,
+    TorchComparison,
+    Unmatched,
+    Verdict,
+)
+from jaxgrad.comparing.sides import (
+    Both,
+    Refused,
+    TorchModel,
+    compare_all,
+    in_double,
+    natively,
+)
+from jaxgrad.comparing.torch_side import array_of
+from jaxgrad.equations import source_of
+from jaxgrad.tables import Finding
+
+Array = npt.NDArray[Any]
+
+# Values that differ by less than this share of the final difference don't cause it, and
+# such as differ by more than the second do in any case.
+_SHARE, _PARTED = 1e-3, 1e-5
+# The same in float32.
+_PARTED_NATIVELY = 3e-5
+# A gradient that is off by more than this natively, and right in float64, has lost more
+# than float32's rounding: half of its digits.
+_IMPRECISE = 3e-4
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What was found of the two sides.
+
+    Attributes:
+      both: in the precision in which they are judged, with PyTorch's values.
+      judge: what says if two gradients differ.
+      measures: how far each link's are apart.
+      pool: JAX's values.
+      runs: PyTorch's runs against them.
+      explained: what explains the difference of the forward passes.
+      blames: what explains that of the gradients.
+    """
+
+    both: Both
+    judge: Judge
+    measures: list[Measure]
+    pool: Pool
+    runs: Runs
+    explained: Explained
+    blames: list[Blame]
+
+
+class Comparison:
+    """A JAX loss and a module, their parameters paired.
+
+    Attributes:
+      layouts: how the leaves are made of PyTorch's parameters.
+    """
+
+    def __init__(
+        self,
+        side: JaxSide,
+        model: TorchModel,
+        mapping: Mapping[str, Any],
+        rtol: float | None,
+    ) -> None:
+        self.side, self.model, self._rtol = side, model, rtol
+        module = model.module
+        self._parameters = {n: array_of(p) for n, p in module.named_parameters()}
+        self._buffers = {
+            name: array_of(buffer)
+            for name, buffer in module.named_buffers()
+            if buffer.is_floating_point()
+        }
+        leaves = {name: np.asarray(leaf) for name, leaf in side.leaves.items()}
+        self._findings: list[Finding] = []
+        self._matches = self._matched(leaves, mapping)
+        self.layouts = self._matches.layouts
+        shapes = {name: a.shape for name, a in self._parameters.items()}
+        self._links = links_of(self.layouts, shapes)
+        self._differing = {d.path for d in self._matches.differing}
+
+    def _matched(self, leaves: dict[str, Array], mapping: Mapping[str, Any]) -> Matches:
+        matches = match(leaves, self._parameters, mapping)
+        left = {path: leaves[path] for path in matches.unmatched_leaves}
+        if left and self._buffers:
+            with contextlib.suppress(ValueError):  # nothing fits
+                found = match(left, self._buffers)
+                for layout in found.layouts:
+                    name = layout.pieces[0].names[0]
+                    text = f"is PyTorch's buffer `{name}`, which has no gradient"
+                    self._findings.append(Finding("buffer", layout.path, text))
+                matches = matches._replace(unmatched_leaves=found.unmatched_leaves)
+        return matches
+
+    def report(self, exact: bool) -> TorchComparison:
+        """Compares, in float64 too where it's asked for or needed to tell."""
+        native = natively(self.model, self.side)
+        measures = native.measures(self._links)
+        with contextlib.ExitStack() as stack:
+            both = native
+            if exact or self._needs_float64(native, measures):
+                try:
+                    both = stack.enter_context(in_double(self.model, self.side))
+                except Refused as refused:
+                    stack.close()
+                    text = f"{refused} Rounding is judged by a bound."
+                    self._findings.append(Finding("float64", "", text))
+            found = self._find(both)
+            return self._told(native, measures, found)
+
+    def _needs_float64(self, native: Both, measures: Sequence[Measure]) -> bool:
+        return (
+            bool(self._differing)
+            or apart(*native.losses) > NATIVE_LOSS
+            or any(m.off > NATIVE * m.theirs for m in measures)
+        )
+
+    def _find(self, both: Both) -> _Found:
+        if self._differing:
+            both = self._with_torchs_values(both)
+        judge = Judge(self.side, both, self._rtol)
+        measures = both.measures(self._links)
+        pairs = list(zip(self._links, measures, strict=True))
+        off = apart(*both.losses)
+        wrong = off > judge.loss_bound or any(judge.wrong(*pair) for pair in pairs)
+        grey = off > SAME or any(judge.grey(m) for m in measures)
+        most = max([off, *(m.relative for m in measures if judge.counts(m))])
+        tolerance = _PARTED_NATIVELY
+        if both.wide:
+            tolerance = float(np.clip(_SHARE * most, SAME, _PARTED))
+        pool = Pool(both.values.made())
+        runs = Runs(both.model.run, pool, both.values.loss, tolerance)
+        nothing = Explained(parting=runs.parting(both.run), run=both.run)
+        blames: list[Blame] = []
+        explained = nothing
+        if wrong or (both.wide and grey):
+            explained = explain(runs, both.run, nothing.parting, self._context())
+            if wrong:
+                blames = self._gradient_causes(both, explained, judge)
+            elif not explained.whole:
+                explained = nothing  # constants that one side has in float32
+        return _Found(both, judge, measures, pool, runs, explained, blames)
+
+    def _with_torchs_values(self, both: Both) -> Both:
+        """The two sides, with PyTorch's values in place of JAX's that differ."""
+        leaves = {
+            layout.path: laid_out(layout, self._parameters)
+            for layout in self.layouts
+            if layout.path in self._differing
+        }
+        given = [leaves.get(name, leaf) for name, leaf in self.side.leaves.items()]
+        return replace(both, values=both.traced(given))
+
+    def _context(self) -> Context:
+        return Context(
+            self.side.literals(),
+            paddings_of(self.side.equations()),
+            dict(self.model.module.named_parameters()),
+        )
+
+    def _gradient_causes(
+        self, both: Both, explained: Explained, judge: Judge
+    ) -> list[Blame]:
+        theirs = both.theirs
+        if explained.rewrites:
+            assert explained.run is not None
+            theirs = both.model.gradients(explained.run)
+        counts = telling.counts_of(self.model.args)
+        search = Search(
+            both, self._links, explained.rewrites, theirs, judge.wrong, counts
+        )
+        return search.run()
+
+    def _told(
+        self, native: Both, measures: Sequence[Measure], found: _Found
+    ) -> TorchComparison:
+        parting = found.runs.parting(found.both.run)
+        first = telling.first_difference(
+            found.both.run, parting, found.pool, found.explained
+        )
+        causes = [
+            *([_VALUES] if self._differing else []),
+            *telling.forward_causes(found.both.run, found.explained),
+        ]
+        precision = self._precision(native, measures, found)
+        causes += [precision] if precision else []
+        causes += [blame.cause for blame in found.blames]
+        rows = [
+            self._row(place, native, measures[place], found, precision)
+            for place in range(len(self._links))
+        ]
+        unmatched = Unmatched(
+            self._matches.unmatched_leaves, self._matches.unmatched_names
+        )
+        ok = (
+            all(row.verdict not in BAD for row in rows)
+            and apart(*found.both.losses) <= found.judge.loss_bound
+            and not self._left_out(native, unmatched)
+        )
+        self._findings += telling.findings_of(
+            self._matches, unmatched, self.side.integers
+        )
+        return TorchComparison(
+            ok=ok,
+            loss=Losses(*native.losses),
+            forward=telling.module_outputs(found.both.run, parting, found.pool),
+            first_difference=first if not ok else None,
+            parameters=tuple(rows),
+            unmatched=unmatched,
+            trajectory=None,
+            causes=tuple({cause.text: cause for cause in causes}.values()),
+            findings=tuple(self._findings),
+        )
+
+    def _row(
+        self,
+        place: int,
+        native: Both,
+        measure: Measure,
+        found: _Found,
+        precision: Cause | None,
+    ) -> ParameterComparison:
+        link, judged = self._links[place], found.measures[place]
+        cause = next((b.cause for b in found.blames if place in b.links), None)
+        explained = found.explained.reasons
+        verdict: Verdict = "agrees"
+        shown = measure
+        if set(link.path.split(" + ")) & self._differing:
+            verdict, cause = "values", _VALUES
+        elif not measure.finite:
+            verdict = "nonfinite"
+        elif found.judge.wrong(link, judged) or (
+            explained and found.judge.grey(judged)
+        ):
+            none = judged.theirs == 0 or judged.ours == 0
+            verdict = "missing" if none else "differs"
+            if cause is None and explained:
+                own = [r for r in explained if link.name in r.parameters]
+                cause = telling.cause_of(found.both.run, (own or explained)[0])
+        elif precision is not None and measure.relative > _IMPRECISE:
+            verdict, cause = "differs", precision
+        elif measure.off > NATIVE * measure.theirs:
+            verdict = "rounding"
+        exact = judged.relative if found.both.wide else None
+        return ParameterComparison(
+            path=link.path,
+            torch_name=link.name,
+            layout=link.text,
+            verdict=verdict,
+            max_error=shown.max_error,
+            relative_error=shown.relative,
+            ulps=shown.ulps,
+            cosine=shown.cosine,
+            worst=telling.worst_value(self._matches, link) or shown.worst,
+            exact_error=exact,
+            further=self._further(place, native, found) if exact is not None else "",
+            cause=cause,
+        )
+
+    def _further(self, place: int, native: Both, found: _Found) -> str:
+        """Which side's native gradient is further from the float64 one."""
+        link = self._links[place]
+        if found.judge.wrong(link, found.measures[place]):
+            return ""
+        truth = found.both.theirs
+        ours = compare_all([link], native.values.gradients, truth)[0].off
+        exact = found.both.values.gradients
+        theirs = compare_all([link], exact, native.theirs)[0].off
+        if ours == theirs:
+            return ""
+        return "JAX" if ours > theirs else "PyTorch"
+
+    def _precision(
+        self, native: Both, measures: Sequence[Measure], found: _Found
+    ) -> Cause | None:
+        """A product in fewer digits on one side, if that is what makes them differ."""
+        if not found.both.wide or not any(m.relative > _IMPRECISE for m in measures):
+            return None
+        if any(
+            found.judge.wrong(link, m)
+            for link, m in zip(self._links, found.measures, strict=True)
+        ):
+            return None
+        ours = _low_precision(self.side)
+        theirs = sorted(
+            {str(r.tensor.dtype).removeprefix("torch.") for r in native.run.records}
+            & {"bfloat16", "float16"}
+        )
+        if bool(ours) == bool(theirs):
+            return None
+        if ours:
+            text = f"JAX multiplies in {ours}, PyTorch doesn't; in float64 they agree."
+        else:
+            text = f"PyTorch computes in {theirs[0]}, JAX doesn't; in float64 they agree."
+        return Cause("matmul_precision", text)
+
+    def _left_out(self, native: Both, unmatched: Unmatched) -> bool:
+        """Whether something without a partner has a gradient."""
+        ours = native.values.gradients
+        theirs = self.model.shown(native.theirs)
+        return any(np.any(ours[path]) for path in unmatched.jax) or any(
+            theirs[name] is not None and np.any(theirs[name]) for name in unmatched.torch
+        )
+
+
+_VALUES = Cause(
+    "values",
+    "The parameters have other values: copy PyTorch's, by load_torch_parameters for "
+    "instance. What follows was computed with PyTorch's.",
+)
+
+
+def _low_precision(side: JaxSide) -> str:
+    """The dtype and line of a product in fewer digits than the leaves have."""
+    if any(jnp.finfo(leaf.dtype).bits < 32 for leaf in side.leaves.values()):
+        return ""
+    for eqn in side.equations():
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            dtype = eqn.invars[0].aval.dtype
+            if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+                return f"{dtype.name} at {source_of(eqn)}"
+    return ""

@@ -1,0 +1,764 @@
+"""What PyTorch might have to compute otherwise, so that it gives what JAX does.
+
+Each hypothesis changes one recorded call: another epsilon, the other gelu, no dropout.
+They are tested elsewhere, by what the changed call gives.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jaxgrad.comparing.torch_side import Call, Rewrite, name_of
+
+
+class Hypothesis(NamedTuple):
+    """One change of a call.
+
+    Attributes:
+      kind: the cause's kind, if it fits.
+      text: what it says of PyTorch and JAX, after the name of the module.
+      change: makes the changed call of the call.
+      blind: its result may stand in JAX for another reason: only a whole run tells.
+    """
+
+    kind: str
+    text: str
+    change: Callable[[Call], Call]
+    blind: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the hypotheses draw on.
+
+    Attributes:
+      literals: scalar constants of the JAX loss.
+      paddings: the explicit paddings of JAX's convolutions and pools, per axis.
+      parameters: the module's parameters, by name.
+    """
+
+    literals: Sequence[float]
+    paddings: Sequence[tuple[tuple[int, int], ...]]
+    parameters: Mapping[str, Any]
+
+
+# The operands' names, where Python can't tell them.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "linear": ("input", "weight", "bias"),
+    "conv1d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "conv_transpose1d": (
+        "input", "weight", "bias", "stride", "padding", "output_padding", "groups",
+        "dilation",
+    ),
+    "gelu": ("input", "approximate"),
+    "var": ("input", "dim", "unbiased", "keepdim"),
+    "mean": ("input", "dim", "keepdim"),
+    "softmax": ("input", "dim", "dtype"),
+    "add": ("input", "other"),
+    "masked_fill": ("input", "mask", "value"),
+    "scaled_dot_product_attention": (
+        "query", "key", "value", "attn_mask", "dropout_p", "is_causal",
+    ),
+    "pad": ("input", "pad", "mode", "value"),
+    "avg_pool1d": (
+        "input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad",
+    ),
+    "avg_pool2d": (
+        "input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad",
+        "divisor_override",
+    ),
+    "bilinear": ("input1", "input2", "weight", "bias"),
+    "leaky_relu": ("input", "negative_slope", "inplace"),
+}  # fmt: skip
+for _alias, _like in {
+    "conv2d": "conv1d", "conv3d": "conv1d", "conv_transpose2d": "conv_transpose1d",
+    "conv_transpose3d": "conv_transpose1d", "std": "var", "sum": "mean",
+    "log_softmax": "softmax", "sub": "add", "mul": "add", "div": "add",
+    "true_divide": "add", "__truediv__": "add", "__add__": "add", "__mul__": "add",
+    "__radd__": "add", "__rmul__": "add", "__sub__": "add", "multiply": "add",
+}.items():  # fmt: skip
+    _NAMES[_alias] = _NAMES[_like]
+
+_NORMS = ("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm")
+_DROPOUTS = (
+    "dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d",
+    "feature_alpha_dropout", "dropout_",
+)  # fmt: skip
+_ACTIVATIONS = (
+    "relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "selu", "softplus",
+    "mish", "hardswish", "relu6", "celu", "logsigmoid", "softsign", "hardtanh",
+    "hardsigmoid", "rrelu", "relu_",
+)  # fmt: skip
+_LOSSES = (
+    "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "cross_entropy", "nll_loss",
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div",
+    "poisson_nll_loss", "gaussian_nll_loss", "cosine_embedding_loss", "soft_margin_loss",
+    "hinge_embedding_loss", "margin_ranking_loss", "triplet_margin_loss",
+)  # fmt: skip
+_EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 1e-7, 1e-4, 0.0)
+
+
+def rewrite(text: str, context: Context) -> Rewrite:
+    """Changes a call as the hypothesis of that text says; others are left alone."""
+
+    def change(func: Any, args: Any, kwargs: Any) -> Call:
+        call = func, args, kwargs
+        for hypothesis in hypotheses(call, context):
+            if hypothesis.text == text:
+                return hypothesis.change(call)
+        return call
+
+    return change
+
+
+def named(call: Call) -> dict[str, Any] | None:
+    """A call's operands by name; `None` where they can't be told."""
+    func, args, kwargs = call
+    name = name_of(func)
+    try:
+        given = inspect.signature(func).bind(*args, **kwargs)
+        given.apply_defaults()
+        return {k: v for k, v in given.arguments.items() if not k.startswith("_")}
+    except (TypeError, ValueError):
+        pass
+    names = _NAMES.get(name)
+    if names is None or len(args) > len(names):
+        return None
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _with(function: Callable[..., Any] | None = None, **changed: Any) -> Any:
+    """The change of a call that gives some operands other values."""
+
+    def change(call: Call) -> Call:
+        operands = named(call)
+        assert operands is not None
+        return (function or call[0], (), {**operands, **changed})
+
+    return change
+
+
+def _instead(make: Callable[[dict[str, Any]], Any]) -> Callable[[Call], Call]:
+    """The change of a call that computes something else of its operands."""
+
+    def change(call: Call) -> Call:
+        operands = named(call)
+        assert operands is not None
+        return (lambda: make(operands)), (), {}
+
+    return change
+
+
+def hypotheses(call: Call, context: Context) -> Iterator[Hypothesis]:
+    """What a call might have to be, the likeliest first."""
+    name, operands = name_of(call[0]), named(call)
+    if operands is None:
+        return
+    for applies, make in _TABLE:
+        if name in applies:
+            yield from make(name, operands, context)
+
+
+def _norm(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    import torch
+
+    old = o.get("eps")
+    small = [x for x in c.literals if 0 < x < 0.1]
+    if name == "batch_norm":
+        now, other = ("train", "eval") if o["training"] else ("eval", "train")
+        text = (
+            f"normalizes by {_BATCH[now]} (it's in {now} mode), JAX by {_BATCH[other]}"
+        )
+        if o["training"] is False or o["running_mean"] is not None:
+            yield Hypothesis("train_mode", text, _with(training=not o["training"]))
+    for eps in dict.fromkeys([*small, *_EPSILONS]):
+        if old is None or not math.isclose(eps, old, rel_tol=1e-5):
+            text = f"has an epsilon of {old:g}, JAX one of {eps:g}" if old else (
+                f"has its default epsilon, JAX one of {eps:g}")  # fmt: skip
+            yield Hypothesis("epsilon", text, _with(eps=eps))
+    axes = _norm_axes(name, o)
+    if axes is None:
+        return
+    for eps in dict.fromkeys([old or 0.0, *small, *_EPSILONS]):
+        for unbiased, outside in ((1, False), (1, True), (0, True)):
+            what = "by n - 1 (unbiased)" if unbiased else "by n"
+            where = ", and adds epsilon to the deviation" if outside else ""
+            text = f"divides the variance by n (biased), JAX {what}{where}"
+            if not unbiased:
+                text = "adds epsilon to the variance, JAX to the deviation"
+            if eps != old:
+                text += f", with an epsilon of {eps:g}"
+
+            def normed(
+                o: dict[str, Any], u: int = unbiased, out: bool = outside,
+                eps: float = eps,
+            ) -> Any:  # fmt: skip
+                x = o["input"]
+                shape = x.shape
+                if name == "group_norm":
+                    x = x.reshape(shape[0], o["num_groups"], -1)
+                by = _norm_axes(name, o)
+                mean = x.mean(by, keepdim=True)
+                var = x.var(by, correction=u, keepdim=True)
+                by_what = var.sqrt() + eps if out else (var + eps).sqrt()
+                y = ((x - mean) / by_what).reshape(shape)
+                weight, bias = o.get("weight"), o.get("bias")
+                full = (
+                    [1, -1] + [1] * (len(shape) - 2)
+                    if name != "layer_norm" else list(o["normalized_shape"])
+                )  # fmt: skip
+                y = y if weight is None else y * weight.reshape(full)
+                return y if bias is None else y + bias.reshape(full)
+
+            kind = "variance" if unbiased else "epsilon"
+            yield Hypothesis(kind, text, _instead(normed))
+    if o.get("bias") is not None:
+        yield Hypothesis("bias", "adds a bias, JAX doesn't", _with(bias=None))
+    if o.get("weight") is not None:
+        text = "multiplies by a weight, JAX doesn't"
+        yield Hypothesis("weight", text, _with(weight=None))
+    if name == "layer_norm":
+        text = "takes the mean away (layer norm), JAX doesn't (RMS norm)"
+        for eps in dict.fromkeys([old or 0.0, *small]):
+
+            def rms(o: dict[str, Any], eps: float = eps) -> Any:
+                y = torch.nn.functional.rms_norm(
+                    o["input"], o["normalized_shape"], o.get("weight"), eps
+                )
+                return y if o.get("bias") is None else y + o["bias"]
+
+            yield Hypothesis("variance", text, _instead(rms))
+
+
+_BATCH = {"train": "the batch's own mean and variance", "eval": "the running ones"}
+
+
+def _norm_axes(name: str, o: dict[str, Any]) -> tuple[int, ...] | None:
+    rank = o["input"].dim()
+    if name == "layer_norm":
+        return tuple(range(rank - len(o["normalized_shape"]), rank))
+    if name == "group_norm":
+        return (2,)
+    if name == "batch_norm" and o["training"]:
+        return (0, *range(2, rank))
+    if name == "instance_norm":
+        return tuple(range(2, rank))
+    return None
+
+
+def _dropout(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    if o.get("training", True) and o.get("p", 0.5):
+        text = f"drops with p={o.get('p', 0.5):g} (it's in train mode), JAX doesn't"
+        yield Hypothesis("train_mode", text, _instead(lambda o: o["input"] * 1), True)
+
+
+def _gelu(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    now = o.get("approximate", "none")
+    other = "tanh" if now == "none" else "none"
+    said = {"none": "exact", "tanh": "the tanh approximation"}
+    text = f"is {said[now]}, JAX's is {said[other]}"
+    yield Hypothesis("gelu", text, _with(approximate=other))
+
+    def quick(o: dict[str, Any]) -> Any:
+        return o["input"] * (1.702 * o["input"]).sigmoid()
+
+    text = f"is {said[now]}, JAX's is x * sigmoid(1.702 x)"
+    yield Hypothesis("gelu", text, _instead(quick))
+
+
+def _activation(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    import torch
+
+    now = name.rstrip("_")
+    functional = torch.nn.functional
+    slopes = [x for x in dict.fromkeys([*c.literals, 0.01, 0.2, 0.1]) if 0 < x < 1]
+    for other in _ACTIVATIONS:
+        if other != now and not other.endswith("_") and other != "rrelu":
+            function = getattr(torch, other, None) or getattr(functional, other)
+            text = f"is {now}, JAX's is {other}"
+            yield Hypothesis(
+                "activation", text, _instead(lambda o, f=function: f(o["input"]))
+            )
+    text = f"is {now}, JAX's is gelu (tanh)"
+    approximate = lambda o: functional.gelu(o["input"], approximate="tanh")  # noqa: E731
+    yield Hypothesis("activation", text, _instead(approximate))
+    for slope in slopes:
+        text = f"is {now}{_slope(o)}, JAX's is leaky_relu with a slope of {slope:g}"
+        leaky = lambda o, s=slope: functional.leaky_relu(o["input"], s)  # noqa: E731
+        yield Hypothesis("activation", text, _instead(leaky))
+    for alpha in dict.fromkeys([*c.literals, 1.0]):
+        if alpha > 0:
+            text = f"is {now}, JAX's is elu with alpha {alpha:g}"
+            elu = lambda o, a=alpha: functional.elu(o["input"], a)  # noqa: E731
+            yield Hypothesis("activation", text, _instead(elu))
+    text = f"is {now}, JAX has none here"
+    yield Hypothesis("activation", text, _instead(lambda o: o["input"] * 1), True)
+
+
+def _slope(o: dict[str, Any]) -> str:
+    slope = o.get("negative_slope")
+    return f" with a slope of {slope:g}" if slope is not None else ""
+
+
+def _softmax(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    rank = o["input"].dim()
+    now = o.get("dim")
+    if now is None:
+        return
+    for dim in range(rank):
+        if dim != now % rank:
+            text = f"is over axis {now}, JAX's over axis {dim}"
+            yield Hypothesis("softmax_axis", text, _with(dim=dim))
+
+
+def _permutations(count: int) -> Iterator[tuple[int, ...]]:
+    for order in itertools.permutations(range(count)):
+        if order != tuple(range(count)):
+            yield order
+
+
+def _rows(tensor: Any, order: tuple[int, ...], axis: int = 0) -> Any:
+    import torch
+
+    chunks = tensor.chunk(len(order), axis)
+    return torch.cat([chunks[i] for i in order], axis)
+
+
+def _others(o: dict[str, Any], key: str, c: Context) -> Iterator[tuple[str, Any]]:
+    """Other parameters that fit in the place of one."""
+    own = o.get(key)
+    if own is None:
+        return
+    for name, other in c.parameters.items():
+        if other is not own and other.shape == own.shape:
+            yield name, other
+
+
+def _own_name(o: dict[str, Any], key: str, c: Context) -> str:
+    for name, other in c.parameters.items():
+        if other is o.get(key):
+            return name
+    return key
+
+
+def _weighted(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    """A linear map's or a convolution's parameters: turned, exchanged, left out."""
+    weight = o["weight"]
+    own = _own_name(o, "weight", c)
+    rows = weight.shape
+    if len(rows) >= 2 and rows[0] == rows[1]:
+        text = f"multiplies by `{own}`, JAX by its transpose"
+        yield Hypothesis("transposed", text, _with(weight=weight.transpose(0, 1)))
+    if len(rows) > 3 and rows[-1] == rows[-2]:
+        text = f"has the kernel `{own}`, JAX has it with height and width exchanged"
+        yield Hypothesis("transposed", text, _with(weight=weight.transpose(-1, -2)))
+    if len(rows) > 2:
+        axes = tuple(range(2, len(rows)))
+        text = f"slides the kernel `{own}` as it is (cross-correlation), JAX flipped"
+        yield Hypothesis("permuted", text, _with(weight=weight.flip(axes)))
+    if o.get("bias") is not None:
+        text = "adds a bias, JAX doesn't"
+        yield Hypothesis("bias", text, _with(bias=None))
+    for key in ("weight", "bias"):
+        mine = _own_name(o, key, c)
+        for other, array in _others(o, key, c):
+            text = f"uses `{mine}` where JAX has the numbers of `{other}`"
+            yield Hypothesis("swapped", text, _with(**{key: array}))
+            if key == "weight" and o.get("bias") is not None:
+                bias = c.parameters.get(other.removesuffix("weight") + "bias")
+                if bias is not None and bias.shape == o["bias"].shape:
+                    text = f"uses `{mine}` and its bias where JAX has `{other}` and its"
+                    yield Hypothesis("swapped", text, _with(weight=array, bias=bias))
+    if o.get("bias") is not None and rows[0] != len(o["bias"]):
+        return
+    for count in (2, 3, 4):
+        for axis in (0, 1):
+            if rows[axis] % count == 0 and rows[axis] > count:
+                for order in _permutations(count):
+                    changed = {"weight": _rows(weight, order, axis)}
+                    if axis == 0 and o.get("bias") is not None:
+                        changed["bias"] = _rows(o["bias"], order)
+                    which = "rows" if axis == 0 else "columns"
+                    text = (
+                        f"has the {count} blocks of {which} of `{own}` in order, JAX "
+                        f"as {order}"
+                    )
+                    yield Hypothesis("permuted", text, _with(**changed))
+    if len(rows) == 2:
+        # A layer after a flattened image: channels last where PyTorch has them first.
+        width = rows[1]
+        for channels in range(2, width // 2 + 1):
+            if width % channels == 0:
+                order = weight.reshape(rows[0], channels, -1).transpose(1, 2)
+                text = (
+                    f"takes its {width} inputs as {channels} channels by "
+                    f"{width // channels} places, JAX the places first"
+                )
+                changed_ = _with(weight=order.reshape(rows))
+                yield Hypothesis("permuted", text, changed_)
+
+
+def _conv(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    import torch
+
+    axes = o["weight"].dim() - 2
+    if "transpose" in name:
+        for padding in range(4):
+            if padding != o.get("padding"):
+                text = f"has padding {o.get('padding', 0)}, JAX as with {padding}"
+                yield Hypothesis("padding", text, _with(padding=padding))
+        return
+    kernel = o["weight"].shape[2:]
+    wider = [(k - 1) * 2 // 2 for k in kernel]
+    tries = [p for p in dict.fromkeys(c.paddings) if len(p) == axes]
+    tries += [tuple((p, p) for _ in kernel) for p in range(4)]
+    tries += [tuple((w, 0) for w in wider), tuple((0, w) for w in wider)]
+    for pads in dict.fromkeys(tries):
+        flat = [n for pair in reversed(pads) for n in pair]
+        for mode in ("constant", "reflect", "replicate", "circular"):
+
+            def padded(
+                o: dict[str, Any], flat: list[int] = flat, mode: str = mode
+            ) -> Any:
+                x = torch.nn.functional.pad(o["input"], flat, mode)
+                return call_of({**o, "input": x, "padding": 0})
+
+            text = (
+                f"pads its input by {o.get('padding', 0)}, JAX by {_said(pads)}"
+                + ("" if mode == "constant" else f" ({mode})")
+            )
+            if any(flat) or mode == "constant":
+                yield Hypothesis("padding", text, _instead(padded))
+    call_of = _conv_call(name)
+    for stride in (1, 2):
+        if o.get("stride") not in (stride, (stride,) * axes):
+            text = f"has stride {o.get('stride', 1)}, JAX {stride}"
+            yield Hypothesis("padding", text, _with(stride=stride))
+
+
+def _conv_call(name: str) -> Callable[[dict[str, Any]], Any]:
+    import torch
+
+    function = getattr(torch.nn.functional, name)
+    return lambda o: function(**o)
+
+
+def _said(pads: Sequence[tuple[int, int]]) -> str:
+    return " and ".join(f"({low}, {high})" for low, high in dict.fromkeys(pads))
+
+
+def _pad(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    for mode in ("constant", "reflect", "replicate", "circular"):
+        if mode != o.get("mode", "constant"):
+            text = f"pads by {o.get('mode', 'constant')}, JAX by {mode}"
+            yield Hypothesis("padding", text, _with(mode=mode))
+    pads = tuple(o["pad"])
+    if len(pads) % 2 == 0:
+        swapped = tuple(n for i in range(0, len(pads), 2) for n in pads[i : i + 2][::-1])
+        text = f"pads by {pads}, JAX by {swapped}"
+        yield Hypothesis("padding", text, _with(pad=swapped))
+
+
+def _pool(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    import torch
+
+    functional = torch.nn.functional
+    if "avg" in name and "count_include_pad" in o:
+        now = o["count_include_pad"]
+        text = f"{'counts' if now else 'leaves out'} the padding in its mean, JAX not so"
+        yield Hypothesis("padding", text, _with(count_include_pad=not now))
+    other = name.replace("avg", "max") if "avg" in name else name.replace("max", "avg")
+    other = other.replace("_with_indices", "")
+    keep = ("input", "kernel_size", "stride", "padding", "ceil_mode", "output_size")
+    pooled = lambda o: getattr(functional, other)(  # noqa: E731
+        **{k: v for k, v in o.items() if k in keep}
+    )
+    yield Hypothesis("pooling", f"is {name}, JAX's {other}", _instead(pooled))
+
+
+def _attention(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    width = o["query"].shape[-1]
+    if o.get("dropout_p"):
+        text = f"drops with p={o['dropout_p']:g}, JAX doesn't"
+        yield Hypothesis("train_mode", text, _with(dropout_p=0.0))
+    if o.get("attn_mask") is not None or o.get("is_causal"):
+        text = "has a mask, JAX has none"
+        yield Hypothesis("mask", text, _with(attn_mask=None, is_causal=False))
+    else:
+        text = "has no mask, JAX a causal one"
+        yield Hypothesis("mask", text, _with(is_causal=True))
+    for said, scale in _scales(width, c):
+        if not math.isclose(scale, o.get("scale") or width**-0.5, rel_tol=1e-5):
+            text = f"scales its scores by {o.get('scale') or width**-0.5:g}, JAX {said}"
+            yield Hypothesis("factor", text, _with(scale=scale))
+    text = "takes the query as the query, JAX the key"
+    yield Hypothesis("swapped", text, _with(query=o["key"], key=o["query"]))
+
+
+def _scales(width: int, c: Context) -> Iterator[tuple[str, float]]:
+    yield "not at all", 1.0
+    for literal in c.literals:
+        if literal > 0:
+            yield f"by {literal:g}", literal
+            yield f"by 1/{literal:g}", 1 / literal
+    yield f"by 1/{width}", 1 / width
+
+
+def _multi_head(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    """The whole of a MultiheadAttention, which PyTorch computes in one call."""
+    import torch
+
+    if o["training"] and o["dropout_p"]:
+        text = f"drops with p={o['dropout_p']:g} (it's in train mode), JAX doesn't"
+        yield Hypothesis("train_mode", text, _with(training=False))
+    length = o["query"].shape[0]
+    if o["attn_mask"] is None:
+        causal = torch.ones(length, length, dtype=torch.bool).triu(1)
+        text = "has no mask, JAX a causal one"
+        yield Hypothesis("mask", text, _with(attn_mask=causal, is_causal=False))
+    if o["attn_mask"] is not None or o["key_padding_mask"] is not None:
+        text = "has a mask, JAX has none"
+        for changed in (
+            {"attn_mask": None, "is_causal": False},
+            {"key_padding_mask": None},
+            {"attn_mask": None, "is_causal": False, "key_padding_mask": None},
+        ):
+            yield Hypothesis("mask", text, _with(**changed))
+    rows = "q k v".split()
+    weight, bias = o["in_proj_weight"], o["in_proj_bias"]
+    if weight is not None:
+        for order in _permutations(3):
+            new = "".join(rows[i] for i in order)
+            changed = {"in_proj_weight": _rows(weight, order)}
+            if bias is not None:
+                changed["in_proj_bias"] = _rows(bias, order)
+            text = f"has the weights and biases in_proj in the order qkv, JAX as {new}"
+            yield Hypothesis("swapped", text, _with(**changed))
+            text = f"has the weights in_proj in the order qkv, JAX as {new}"
+            one = {"in_proj_weight": _rows(weight, order)}
+            yield Hypothesis("swapped", text, _with(**one))
+        blocks = weight.chunk(3)
+        if blocks[0].shape[0] == blocks[0].shape[1]:
+            for turned in itertools.product((False, True), repeat=3):
+                if any(turned):
+                    turn = torch.cat(
+                        [b.T if t else b for b, t in zip(blocks, turned, strict=True)]
+                    )
+                    which = ", ".join(
+                        r for r, t in zip(rows, turned, strict=True) if t
+                    )
+                    text = f"multiplies by in_proj, JAX by the transpose of its {which}"
+                    yield Hypothesis("transposed", text, _with(in_proj_weight=turn))
+    if bias is not None:
+        yield Hypothesis("bias", "adds in_proj_bias, JAX doesn't", _with(in_proj_bias=None))
+    out = o["out_proj_weight"]
+    text = "multiplies by out_proj.weight, JAX by its transpose"
+    yield Hypothesis("transposed", text, _with(out_proj_weight=out.T))
+    if o["out_proj_bias"] is not None:
+        text = "adds out_proj.bias, JAX doesn't"
+        yield Hypothesis("bias", text, _with(out_proj_bias=None))
+    width = o["embed_dim_to_check"] // o["num_heads"]
+    for said, scale in _scales(width, c):
+        factor = scale * width**0.5
+        if weight is not None and not math.isclose(factor, 1, rel_tol=1e-5):
+            ones = torch.ones(3, 1, dtype=weight.dtype)
+            ones[0] = factor
+            scaled = ones.repeat_interleave(len(weight) // 3, 0)
+            changed = {"in_proj_weight": weight * scaled}
+            if bias is not None:
+                changed["in_proj_bias"] = bias * scaled[:, 0]
+            text = f"scales its scores by {width**-0.5:g}, JAX {said}"
+            yield Hypothesis("factor", text, _with(**changed))
+    heads = o["num_heads"]
+    for other in range(1, 2 * heads + 1):
+        if other != heads and o["embed_dim_to_check"] % other == 0:
+            text = f"has {heads} heads, JAX {other}"
+            yield Hypothesis("heads", text, _with(num_heads=other))
+
+
+def _embedding(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    own = _own_name(o, "weight", c)
+    for other, array in _others(o, "weight", c):
+        text = f"looks up `{own}` where JAX has the numbers of `{other}`"
+        yield Hypothesis("swapped", text, _with(weight=array))
+    rows = o["weight"].shape[0]
+    for shift in (1, -1):
+        index = (o["input"] + shift).clamp(0, rows - 1)
+        text = f"looks up its rows, JAX those {'after' if shift > 0 else 'before'} them"
+        yield Hypothesis("permuted", text, _with(input=index))
+    width = o["weight"].shape[1]
+    for factor in (width**0.5, width**-0.5):
+        scaled = o["weight"] * factor
+        text = f"looks up its rows, JAX multiplies them by {factor:g}"
+        yield Hypothesis("factor", text, _with(weight=scaled))
+
+
+def _loss(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    reductions = [o.get("reduction", "mean")]
+    reductions += [r for r in ("sum", "mean", "batchmean") if r not in reductions]
+    if name != "kl_div":
+        reductions = [r for r in reductions if r != "batchmean"]
+    options: list[tuple[str, str, dict[str, Any]]] = [("", "", {})]
+    if name == "cross_entropy":
+        now = o["label_smoothing"]
+        for new in dict.fromkeys([0.0, *c.literals, 0.1, 0.05, 0.2]):
+            if 0 <= new < 1 and not math.isclose(new, now, abs_tol=1e-9):
+                text = f"smooths its labels by {now:g}, JAX by {new:g}"
+                options.append(("label_smoothing", text, {"label_smoothing": new}))
+        if o["weight"] is not None:
+            options.append(("factor", "weighs its classes, JAX doesn't", {"weight": None}))
+        if 0 <= o["ignore_index"]:
+            text = f"leaves out the targets {o['ignore_index']}, JAX doesn't"
+            options.append(("mask", text, {"ignore_index": -100}))
+    for key in ("beta", "delta"):
+        if key in o:
+            for new in dict.fromkeys([*c.literals, 1.0]):
+                if new > 0 and not math.isclose(new, o[key], rel_tol=1e-6):
+                    text = f"has {key}={o[key]:g}, JAX as with {new:g}"
+                    options.append(("factor", text, {key: new}))
+    for key in ("pos_weight", "weight"):
+        if o.get(key) is not None and name != "cross_entropy":
+            options.append(("factor", f"has a {key}, JAX has none", {key: None}))
+    if name == "kl_div":
+        text = "takes its target as it is, JAX as a logarithm, or the reverse"
+        options.append(("factor", text, {"log_target": not o["log_target"]}))
+    for (kind, text, changed), reduction in itertools.product(options, reductions):
+        if reduction == o.get("reduction", "mean"):
+            if kind:
+                yield Hypothesis(kind, text, _with(**changed))
+        else:
+            said = f"takes the {reductions[0]} of its terms, JAX the {reduction}"
+            said = f"{text}; it {said}" if text else said
+            both = {**changed, "reduction": reduction, "reduce": None,
+                    "size_average": None}  # fmt: skip
+            both = {k: v for k, v in both.items() if k in o}
+            yield Hypothesis(kind or "reduction", said, _with(**both))
+    if name in ("smooth_l1_loss", "huber_loss"):
+        import torch
+
+        other = "huber_loss" if name == "smooth_l1_loss" else "smooth_l1_loss"
+        key, own = ("delta", "beta") if other == "huber_loss" else ("beta", "delta")
+        for new in dict.fromkeys([o[own], *c.literals, 1.0]):
+            if new > 0:
+                text = f"is {name} with {own}={o[own]:g}, JAX's {other} with {key}={new:g}"
+                function = getattr(torch.nn.functional, other)
+                swapped = lambda o, n=new: function(  # noqa: E731
+                    o["input"], o["target"], reduction=o["reduction"], **{key: n}
+                )
+                yield Hypothesis("factor", text, _instead(swapped))
+
+
+def _mean(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    import torch
+
+    other = {"mean": torch.sum, "sum": torch.mean}[name]
+    text = f"takes the {name}, JAX the {'sum' if name == 'mean' else 'mean'}"
+    yield Hypothesis("reduction", text, _with(other))
+
+
+def _variance(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    import torch
+
+    now = o.get("correction", 1 if o.get("unbiased", True) else 0)
+    other = 0 if now else 1
+    said = {0: "by n (biased)", 1: "by n - 1 (unbiased)"}
+    keep = {k: v for k, v in o.items() if k in ("input", "dim", "keepdim")}
+    function = getattr(torch, name)
+    text = f"divides {said.get(int(now or 0), '')}, JAX {said[other]}"
+    if isinstance(o.get("dim"), bool):
+        keep.pop("dim")
+    changed = lambda call: (  # noqa: E731
+        function, (), {
+            **{k: v for k, v in (named(call) or {}).items() if k in keep},
+            "correction": other,
+        }
+    )  # fmt: skip
+    yield Hypothesis("variance", text, changed)
+
+
+def _arithmetic(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    """A number that is added or multiplied by."""
+    import torch
+
+    now = o["other"]
+    if isinstance(now, torch.Tensor) or isinstance(now, bool):
+        return
+    adds = "add" in name or "sub" in name
+    for new in c.literals:
+        if math.isclose(new, now, rel_tol=1e-6) or (not adds and new == 0):
+            continue
+        if adds and 0 < abs(now) < 0.1 and 0 <= new < 0.1:
+            text = f"adds an epsilon of {now:g}, JAX one of {new:g}"
+            yield Hypothesis("epsilon", text, _with(other=new))
+        elif not adds:
+            text = f"has the factor {now:g} ({name.strip('_')}), JAX {new:g}"
+            yield Hypothesis("factor", text, _with(other=new))
+            yield Hypothesis("factor", text, _with(other=1 / new))
+
+
+def _mask(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    text = "masks its scores, JAX doesn't"
+    yield Hypothesis("mask", text, _instead(lambda o: o["input"] * 1), True)
+    for value in c.literals:
+        if value < -1 and value != o["value"]:
+            text = f"fills what is masked with {o['value']:g}, JAX with {value:g}"
+            yield Hypothesis("mask", text, _with(value=value))
+
+
+def _recurrent(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    """An LSTM or a GRU, which PyTorch computes in one call: its gates' order."""
+    gates = 4 if name == "lstm" else 3
+    letters = "ifgo" if name == "lstm" else "rzn"
+    weights = o["params"]
+    for order in _permutations(gates):
+        new = "".join(letters[i] for i in order)
+        text = f"has its gates in the order {letters}, JAX as {new}"
+        changed = [_rows(w, order) for w in weights]
+        yield Hypothesis("permuted", text, _with(params=changed))
+    biases = [w.dim() == 1 for w in weights]
+    for which, said in (((0, 1), "its biases"), ((0,), "bias_ih"), ((1,), "bias_hh")):
+        places = [i for i, b in enumerate(biases) if b]
+        if places:
+            hit = {p for k, p in enumerate(places) if k % 2 in which}
+            left = [w * 0 if i in hit else w for i, w in enumerate(weights)]
+            yield Hypothesis("bias", f"adds {said}, JAX doesn't", _with(params=left))
+    if o.get("train") and o.get("dropout"):
+        text = f"drops with p={o['dropout']:g} (it's in train mode), JAX doesn't"
+        yield Hypothesis("train_mode", text, _with(train=False))
+
+
+_NAMES["lstm"] = (
+    "input", "hx", "params", "has_biases", "num_layers", "dropout", "train",
+    "bidirectional", "batch_first",
+)  # fmt: skip
+_NAMES["gru"] = _NAMES["rnn_tanh"] = _NAMES["rnn_relu"] = _NAMES["lstm"]
+
+_TABLE: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Hypothesis]]], ...] = (
+    (_NORMS, _norm),
+    (_DROPOUTS, _dropout),
+    (("gelu",), _gelu),
+    (("linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+      "conv_transpose2d", "conv_transpose3d"), _weighted),
+    (("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+      "conv_transpose3d"), _conv),
+    (_ACTIVATIONS, _activation),
+    (("softmax", "log_softmax", "softmin"), _softmax),
+    (("pad",), _pad),
+    (("max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+      "adaptive_avg_pool2d", "adaptive_max_pool2d"), _pool),
+    (("scaled_dot_product_attention",), _attention),
+    (("multi_head_attention_forward",), _multi_head),
+    (("embedding",), _embedding),
+    (_LOSSES, _loss),
+    (("mean", "sum"), _mean),
+    (("var", "std"), _variance),
+    (("add", "sub", "mul", "div", "true_divide", "__add__", "__sub__", "__mul__",
+      "__truediv__", "__radd__", "__rmul__", "multiply"), _arithmetic),
+    (("masked_fill",), _mask),
+    (("lstm", "gru"), _recurrent),
+)  # fmt: skip

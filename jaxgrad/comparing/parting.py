@@ -1,0 +1,268 @@
+"""Where two forward passes part, and why: hypotheses, tested by running PyTorch again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxgrad.comparing.forward import Found, Pool
+from jaxgrad.comparing.hypotheses import Context, Hypothesis, hypotheses, rewrite
+from jaxgrad.comparing.torch_side import Rewrite, Run, array_of, name_of
+
+Array = npt.NDArray[Any]
+
+# So many causes are looked for, one after the other; so many calls are looked at for
+# each; and so many runs of PyTorch are made to test those whose result tells nothing.
+_ROUNDS = 12
+_CALLS = 40
+_BLIND = 12
+
+
+class Parting(NamedTuple):
+    """How far one run of PyTorch is found among JAX's values.
+
+    Attributes:
+      found: per record of the run, where it stands in JAX.
+      bad: the records on which the loss depends that don't, in order; up to those that
+        do. None if the loss itself is JAX's.
+      off: the relative difference of the two losses.
+    """
+
+    found: list[Found | None]
+    bad: list[int]
+    off: float
+
+
+class Runs:
+    """Runs of the PyTorch side with some calls changed, against JAX's values."""
+
+    def __init__(
+        self,
+        run: Callable[[Mapping[int, Rewrite]], Run],
+        pool: Pool,
+        loss: float,
+        tolerance: float,
+    ) -> None:
+        self._run, self.pool, self.loss = run, pool, loss
+        self.tolerance = tolerance
+
+    def __call__(self, rewrites: Mapping[int, Rewrite]) -> tuple[Run, Parting]:
+        """One run, and how far it is found."""
+        run = self._run(rewrites)
+        return run, self.parting(run)
+
+    def parting(self, run: Run) -> Parting:
+        """How far a run is found among JAX's values."""
+        found: list[Found | None] = [
+            self.pool.find(record.array(run.overwritten, own), self.tolerance)
+            for own, record in enumerate(run.records)
+        ]
+        off = apart(self.loss, float(run.loss.detach()))
+        if off <= self.tolerance:
+            return Parting(found, [], off)
+        last = max(
+            (i for i, r in enumerate(run.records) if r.tensor is run.loss), default=None
+        )
+        if last is None:  # made where PyTorch records nothing: all that's unknown
+            return Parting(found, [i for i, f in enumerate(found) if f is None], off)
+        bad, stack = {last}, [last]
+        while stack:
+            for i in run.records[stack.pop()].inputs:
+                if found[i] is None and i not in bad:
+                    bad.add(i)
+                    stack.append(i)
+        return Parting(found, sorted(bad), off)
+
+
+def apart(one: float, other: float) -> float:
+    """The relative difference of two numbers."""
+    if one == other or (np.isnan(one) and np.isnan(other)):
+        return 0.0
+    size = max(abs(one), abs(other))
+    off = abs(one - other) / size
+    return off if np.isfinite(off) else np.inf
+
+
+@dataclass(frozen=True, eq=False)
+class Reason:
+    """A cause of a forward difference, and where.
+
+    Attributes:
+      kind: the cause's kind.
+      text: for a person, without the place.
+      records: the records, of the first run, whose calls it changes.
+      parameters: the parameters that those calls are given.
+    """
+
+    kind: str
+    text: str
+    records: tuple[int, ...]
+    parameters: tuple[str, ...]
+
+
+@dataclass
+class Explained:
+    """What explains a forward difference.
+
+    Attributes:
+      reasons: in the order in which they were found.
+      rewrites: the calls changed, by number; with them PyTorch does what JAX does.
+      parting: what is left of the difference then.
+      run: PyTorch's run with them.
+    """
+
+    reasons: list[Reason] = field(default_factory=list)
+    rewrites: dict[int, Rewrite] = field(default_factory=dict)
+    parting: Parting | None = None
+    run: Run | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left of the difference."""
+        return self.parting is not None and not self.parting.bad
+
+
+def explain(runs: Runs, run: Run, parting: Parting, context: Context) -> Explained:
+    """Looks for changes of PyTorch's calls by which its forward pass becomes JAX's."""
+    done = Explained(parting=parting, run=run)
+    for _ in range(_ROUNDS):
+        assert done.parting is not None and done.run is not None
+        if not done.parting.bad or not _one_more(runs, done, context):
+            break
+    return done
+
+
+def _one_more(runs: Runs, done: Explained, context: Context) -> bool:
+    """Finds one more cause, if there is one."""
+    run, parting = done.run, done.parting
+    assert run is not None and parting is not None
+    blind = 0
+    for own in parting.bad[:_CALLS]:
+        record = run.records[own]
+        if record.number in done.rewrites:
+            continue
+        call = run.calls[record.number]
+        place = [r.number for r in run.records[: own + 1]].count(record.number) - 1
+        for hypothesis in hypotheses(call, context):
+            if hypothesis.blind:
+                blind += 1
+                if blind > _BLIND:
+                    continue
+            elif not _fits(runs, hypothesis, call, place, record.tensor is run.loss):
+                continue
+            if _accepted(runs, done, hypothesis, own, context):
+                return True
+    return False
+
+
+def _fits(
+    runs: Runs, hypothesis: Hypothesis, call: Any, place: int, is_loss: bool
+) -> bool:
+    """Whether the changed call gives what stands among JAX's values."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            func, args, kwargs = hypothesis.change(call)
+            out = func(*args, **kwargs)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False  # shapes that don't fit: JAX can't do that either
+    tensors = [out] if isinstance(out, torch.Tensor) else list(out)
+    tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
+    if place >= len(tensors):
+        return False
+    if is_loss:
+        if tensors[place].dim():
+            return False
+        return apart(runs.loss, float(tensors[place])) <= runs.tolerance
+    array = array_of(tensors[place])
+    return runs.pool.find(array, runs.tolerance) is not None
+
+
+def _accepted(
+    runs: Runs, done: Explained, hypothesis: Hypothesis, own: int, context: Context
+) -> bool:
+    """Tests a hypothesis by a whole run, here, and wherever else it applies too."""
+    run, parting = done.run, done.parting
+    assert run is not None and parting is not None
+    record = run.records[own]
+    change = rewrite(hypothesis.text, context)
+    alike = [
+        number
+        for number, call in run.calls.items()
+        if number >= record.number
+        and number not in done.rewrites
+        and name_of(call[0]) == record.function
+        and any(h.text == hypothesis.text for h in hypotheses(call, context))
+    ]
+    best = None
+    for numbers in [alike, [record.number]] if len(alike) > 1 else [[record.number]]:
+        trial = {**done.rewrites, **dict.fromkeys(numbers, change)}
+        try:
+            again, after = runs(trial)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            continue
+        rank = _rank(again, after)
+        if rank < _rank(run, parting) and (best is None or rank < best[0]):
+            best = rank, numbers, trial, again, after
+        if not after.bad:
+            break
+    if best is None:
+        return False
+    _, numbers, trial, again, after = best
+    hit = [i for i, r in enumerate(run.records) if r.number in numbers]
+    used = tuple(dict.fromkeys(p for i in hit for p in run.records[i].parameters))
+    done.reasons.append(
+        Reason(hypothesis.kind, hypothesis.text, tuple(hit), used)
+    )
+    done.rewrites, done.run, done.parting = trial, again, after
+    return True
+
+
+def _rank(run: Run, parting: Parting) -> tuple[int, float]:
+    """How good a run is: how late it parts from JAX; the less, the better."""
+    if not parting.bad:
+        return 0, 0.0
+    return len(run.records) - parting.bad[0], len(parting.bad)
+
+
+def counterpart(run: Run, parting: Parting, pool: Pool) -> tuple[int, Found | None]:
+    """The record at which two passes part, and the JAX value that is nearest to it.
+
+    It's the first that has a JAX value near it; or that all of whose inputs are found.
+    """
+    assert parting.bad
+    for own in parting.bad[:_CALLS]:
+        record = run.records[own]
+        near = pool.near(record.array(run.overwritten, own))
+        if near is not None:
+            return own, near
+    return parting.bad[0], None
+
+
+def line_after(
+    run: Run, parting: Parting, own: int, pool: Pool
+) -> int | None:
+    """The JAX value made right after the last input of a record that is in JAX."""
+    places = [parting.found[i] for i in run.records[own].inputs]
+    known = [place.index for place in places if place is not None]
+    if not known:
+        return None
+    return min(max(known) + 1, len(pool.made) - 1)
+
+
+def paddings_of(nodes: Sequence[Any]) -> list[tuple[tuple[int, int], ...]]:
+    """The explicit paddings of convolutions and pools among equations."""
+    found = []
+    for eqn in nodes:
+        padding = eqn.params.get("padding")
+        if eqn.primitive.name.startswith(("conv_general", "reduce_window")) and padding:
+            pads = tuple((int(low), int(high)) for low, high in padding)
+            if eqn.primitive.name.startswith("reduce_window"):
+                pads = tuple(p for p in pads)
+            found.append(pads)
+    return list(dict.fromkeys(found))

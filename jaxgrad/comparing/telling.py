@@ -1,0 +1,163 @@
+"""What was found, in the report's words: modules, lines, causes."""
+
+from __future__ import annotations
+
+import linecache
+from typing import Any
+
+from jaxgrad.causes import Cause
+from jaxgrad.comparing.forward import Found, Pool
+from jaxgrad.comparing.links import Link
+from jaxgrad.comparing.matching import Matches
+from jaxgrad.comparing.parting import (
+    Explained,
+    Parting,
+    Reason,
+    counterpart,
+    line_after,
+)
+from jaxgrad.comparing.report import Entry, FirstDifference, ModuleOutput, Unmatched
+from jaxgrad.comparing.torch_side import Run
+from jaxgrad.equations import Place
+from jaxgrad.tables import Finding
+
+
+def module_outputs(run: Run, parting: Parting, pool: Pool) -> tuple[ModuleOutput, ...]:
+    """Each submodule's output, and where it is in JAX."""
+    rows = []
+    for path, kind, made in run.outputs:
+        if not made:
+            continue
+        own = made[0]
+        record = run.records[own]
+        place = parting.found[own]
+        if place is None and own in parting.bad:
+            place = pool.near(record.array(run.overwritten, own))
+        rows.append(
+            ModuleOutput(
+                module=path,
+                kind=kind,
+                shape=tuple(record.tensor.shape),
+                error=None if place is None else place.error,
+                layout="" if place is None else place.layout,
+                **_line(pool, place),
+            )
+        )
+    return tuple(rows)
+
+
+def _line(pool: Pool, place: Found | None) -> dict[str, Any]:
+    if place is None:
+        return {"file": "", "line": 0, "text": ""}
+    return _source(pool.made[place.index].place)
+
+
+def _source(place: Place) -> dict[str, Any]:
+    text = linecache.getline(place.file, place.line).strip()
+    return {"file": place.file, "line": place.line, "text": text}
+
+
+def first_difference(
+    run: Run, parting: Parting, pool: Pool, explained: Explained
+) -> FirstDifference | None:
+    """Where the forward passes part: where a cause was found, or seems to be."""
+    if not parting.bad and not explained.reasons:
+        return None
+    cause, near = None, None
+    if explained.reasons:
+        first = min(explained.reasons, key=lambda reason: reason.records[0])
+        own = first.records[0]
+        cause = cause_of(run, first)
+        near = pool.near(run.records[own].array(run.overwritten, own))
+    else:
+        own, near = counterpart(run, parting, pool)
+    record = run.records[own]
+    place = Place("", "", 0)
+    if near is not None:
+        place = pool.made[near.index].place
+    else:
+        after = line_after(run, parting, own, pool)
+        place = place if after is None else pool.made[after].place
+    return FirstDifference(
+        module=record.module,
+        operation=record.function,
+        torch_file=record.place.file,
+        torch_line=record.place.line,
+        error=None if near is None else near.error,
+        **_source(place),
+        cause=cause,
+    )
+
+
+def forward_causes(run: Run, explained: Explained) -> list[Cause]:
+    """The causes of a forward difference, in the order of the forward pass."""
+    reasons = sorted(explained.reasons, key=lambda reason: reason.records[0])
+    return [cause_of(run, reason) for reason in reasons]
+
+
+def cause_of(run: Run, reason: Reason) -> Cause:
+    """A reason, with the modules that it's in."""
+    modules = list(dict.fromkeys(run.records[i].module for i in reason.records))
+    function = run.records[reason.records[0]].function
+    where = f"`{modules[0]}` ({function})" if modules[0] else f"`{function}`"
+    more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+    return Cause(reason.kind, f"PyTorch's {where}{more} {reason.text}.")
+
+
+def worst_value(matches: Matches, link: Link) -> Entry | None:
+    """The entry of a leaf's values that differs most, if any does."""
+    for differing in matches.differing:
+        if differing.path in link.path.split(" + "):
+            return Entry(differing.index, differing.leaf, differing.torch)
+    return None
+
+
+def counts_of(args: Any) -> dict[str, int]:
+    """Sizes of the loss's arguments, which a factor may come from."""
+    import torch
+
+    counts: dict[str, int] = {}
+    for x in torch.utils._pytree.tree_leaves(args):
+        if isinstance(x, torch.Tensor) and x.dim():
+            counts.setdefault("batch size", int(x.shape[0]))
+            counts["number of targets"] = int(x.numel())
+            counts["size of the last axis"] = int(x.shape[-1])
+    return counts
+
+
+def findings_of(
+    matches: Matches, unmatched: Unmatched, integers: tuple[str, ...]
+) -> list[Finding]:
+    """What to know of the parameters."""
+    findings = [
+        Finding(
+            "values",
+            d.path,
+            f"{d.count} of {d.size} values differ from PyTorch's; at {list(d.index)} "
+            f"{d.leaf:.8g} in JAX and {d.torch:.8g} in PyTorch",
+        )
+        for d in matches.differing
+    ]
+    for path in unmatched.jax:
+        findings.append(
+            Finding("unmatched", path, "no PyTorch parameter has these numbers")
+        )
+    for name in unmatched.torch:
+        findings.append(
+            Finding("unmatched", "", f"no JAX leaf has the numbers of `{name}`")
+        )
+    for a in matches.ambiguous:
+        if a.settled == "layout":
+            text = f"`{a.names[0]}` fits in another layout too: its numbers are alike"
+            findings.append(Finding("ambiguous", a.paths[0], text))
+        elif a.settled == "order" and len(a.paths) > 1:
+            text = (
+                f"{len(a.paths)} leaves have equal numbers, from `{a.paths[0]}` on; "
+                "they were paired with PyTorch's in order"
+            )
+            findings.append(Finding("ambiguous", "", text))
+    findings += [
+        Finding("not_differentiable", name, "integers have no gradient")
+        for name in integers
+    ]
+    return findings
