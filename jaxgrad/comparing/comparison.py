@@ -144,8 +144,7 @@ class Comparison:
         )
 
     def _find(self, both: Both) -> _Found:
-        if self._differing:
-            both = self._with_torchs_values(both)
+        both = self._with_torchs_values(both)
         judge = Judge(self.side, both, self._rtol)
         measures = both.measures(self._links)
         pairs = list(zip(self._links, measures, strict=True))
@@ -170,14 +169,18 @@ class Comparison:
         return _Found(both, judge, measures, pool, runs, explained, blames)
 
     def _with_torchs_values(self, both: Both) -> Both:
-        """The two sides, with PyTorch's values in place of JAX's that differ."""
-        leaves = {
-            layout.path: laid_out(layout, self._parameters)
-            for layout in self.layouts
-            if layout.path in self._differing
-        }
-        given = [leaves.get(name, leaf) for name, leaf in self.side.leaves.items()]
-        return replace(both, values=both.traced(given))
+        """The two sides, with PyTorch's values in place of JAX's that aren't the same.
+
+        They may differ by a rounding: a leaf in bfloat16, a sum of two biases.
+        """
+        parameters = {n: array_of(p) for n, p in both.model.module.named_parameters()}
+        given = dict(self.side.leaves)
+        for layout in self.layouts:
+            if both.wide or layout.path in self._differing:
+                given[layout.path] = laid_out(layout, parameters)
+        if all(given[name] is leaf for name, leaf in self.side.leaves.items()):
+            return both
+        return replace(both, values=both.traced(list(given.values())))
 
     def _context(self) -> Context:
         return Context(
@@ -309,6 +312,9 @@ class Comparison:
             for link, m in zip(self._links, found.measures, strict=True)
         ):
             return None
+        arrays = [*self.side.leaves.values(), *self._parameters.values()]
+        if any(array.dtype.itemsize < 4 for array in arrays):
+            return None  # the parameters themselves have no more digits
         ours = _low_precision(self.side)
         theirs = sorted(
             {str(r.tensor.dtype).removeprefix("torch.") for r in native.run.records}

@@ -167,7 +167,7 @@ def _is_round(value: float, precise: float) -> bool:
     """Whether many a constant has this value: 0, 1, 0.5, 0.02."""
     if not np.isfinite(value):
         return True
-    return abs(float(f"{value:.2g}") - value) <= precise * abs(value)
+    return bool(abs(float(f"{value:.2g}") - value) <= precise * abs(value))
 
 
 def tiles(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
@@ -193,19 +193,18 @@ def part(piece: Piece, tile: Sequence[slice]) -> Piece:
     return Piece(piece.names, start, offsets)
 
 
-def slack_of(piece: Piece, arrays: Mapping[str, Array]) -> float:
+def slack_of(names: Sequence[str], arrays: Mapping[str, Array]) -> float:
     """By how much a sum may differ when it was added in another precision."""
-    if len(piece.names) == 1:
+    if len(names) == 1:
         return 0.0
-    return float(
-        sum(np.abs(arrays[n].astype(np.float64)).max(initial=0) for n in piece.names)
-    )
+    wide = (arrays[name].astype(np.float64) for name in names)
+    return float(sum(np.abs(array).max(initial=0) for array in wide))
 
 
 def share(leaf: Array, piece: Piece, arrays: Mapping[str, Array]) -> float:
     """The share of a piece's entries that are equal in the leaf."""
     equal, size = 0, 0
-    slack = slack_of(piece, arrays)
+    slack = slack_of(piece.names, arrays)
     for tile in tiles(piece.shape):
         small = part(piece, tile)
         same = agree(leaf[small.block], gathered(small, arrays), slack)
@@ -246,11 +245,11 @@ def differing(
         look((0,) * leaf.ndim, leaf, theirs, 4 * scale)
     else:
         for piece in pieces:
-            slack = slack_of(piece, arrays)
+            slack = slack_of(piece.names, arrays)
             for tile in tiles(piece.shape):
                 small = part(piece, tile)
                 look(small.start, leaf[small.block], gathered(small, arrays), slack)
-        for block in uncovered(path, leaf.shape, pieces):
+        for block in uncovered(Block(path, (0,) * leaf.ndim, leaf.shape), pieces):
             for tile in tiles(block.shape):
                 both = zip(block.start, tile, strict=True)
                 at = tuple(slice(s + t.start, s + t.stop) for s, t in both)
@@ -261,14 +260,12 @@ def differing(
     return Differing(path, where, *values, total, leaf.size)
 
 
-def uncovered(
-    path: str, shape: tuple[int, ...], pieces: Sequence[Piece]
-) -> list[Block]:
-    """What the pieces leave of a leaf, as blocks."""
-    rest = [Block(path, (0,) * len(shape), shape)]
+def uncovered(block: Block, pieces: Sequence[Piece]) -> list[Block]:
+    """What the pieces leave of a block, as blocks."""
+    rest = [block]
     for piece in pieces:
-        rest = [small for block in rest for small in _without(block, piece)]
-    return [block for block in rest if block.size]
+        rest = [small for part in rest for small in _without(part, piece)]
+    return [part for part in rest if part.size]
 
 
 def _without(block: Block, piece: Piece) -> list[Block]:

@@ -59,7 +59,7 @@ def fits_of(torch_shape: Sequence[int], shape: Sequence[int]) -> list[Fit]:
     exact = [o for o in orders if tuple(torch_shape[a] for a in o[0]) == shape]
     for axes, mirrored in exact or orders:
         mixed = tuple(torch_shape[axis] for axis in axes)
-        if not _groups(mixed, shape):
+        if not _groups(mixed, shape) or (mirrored and mixed != shape):
             continue
         # Axes of length 1 may stand anywhere; the numbers come in the same order.
         long = tuple(axis for axis in axes if torch_shape[axis] > 1)
@@ -68,6 +68,8 @@ def fits_of(torch_shape: Sequence[int], shape: Sequence[int]) -> list[Fit]:
             continue
         seen.add((long, mirrored))
         text = layout_text(torch_shape, axes, shape) + mirrored * ", mirrored"
+        if text == "as it is" and torch_shape != shape:  # axes of length 1 moved
+            text = f"reshaped to {shape}"
         regrouped = _long(mixed) != _long(shape)
         fits.append(Fit(axes, mirrored, shape, regrouped, text))
     return fits

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,8 @@ NEAR = 0.5
 _AXES = 5
 # A projection that a network computes at once may be computed in so many parts.
 _PARTS = (2, 3, 4)
+# Fewer numbers than this are a multiple of others by chance.
+_SEVERAL = 4
 
 
 class Found(NamedTuple):
@@ -47,9 +48,9 @@ class Pool:
     def __init__(self, made: Sequence[Made]) -> None:
         self.made = made
         self._arrays: dict[int, Array] = {}
-        self._sizes: dict[int, list[int]] = {}
+        self._sized: dict[int, list[int]] = {}
         for index, value in enumerate(made):
-            self._sizes.setdefault(int(value.array.size), []).append(index)
+            self._sized.setdefault(int(value.array.size), []).append(index)
         self._sketches: dict[int, Array] = {}
 
     def array(self, index: int) -> Array:
@@ -59,7 +60,7 @@ class Pool:
         return self._arrays[index]
 
     def _sketched(self, size: int) -> tuple[list[int], Array]:
-        indices = self._sizes.get(size, [])
+        indices = self._sized.get(size, [])
         if size not in self._sketches and indices:
             rows = [_sketch(self.array(index)) for index in indices]
             self._sketches[size] = np.array(rows)
@@ -89,7 +90,8 @@ class Pool:
         # the mean by as much, and the largest and the least number by e.
         slack = 1.01 * tolerance * rms * np.array([1, 1, size**0.5, size**0.5])
         slack = slack + 1e-14 * rms
-        fits = (np.abs(sketches - own) <= slack).all(axis=1)
+        with np.errstate(invalid="ignore"):
+            fits = (np.abs(sketches - own) <= slack).all(axis=1)
         for place in np.flatnonzero(fits):
             index = indices[int(place)]
             error, layout = closest(tensor, self.array(index), tolerance)
@@ -112,14 +114,39 @@ class Pool:
                 best = Found(index, error, layout)
         return best
 
-    @cached_property
-    def sizes(self) -> set[int]:
-        """The sizes that values have."""
-        return set(self._sizes)
+    def multiple(self, tensor: Array, tolerance: float) -> float | None:
+        """The factor by which some value is a multiple of a tensor, if one is."""
+        _, sketches = self._sketched(tensor.size)
+        own = np.array(_sketch(tensor))
+        if not (own[0] and np.isfinite(own[0])) or tensor.size < _SEVERAL:
+            return None
+        for row in sketches[np.isfinite(sketches[:, 0])]:
+            for sign in (1, -1):
+                factor = sign * row[0] / own[0]
+                if factor == 0 or abs(factor - 1) <= tolerance:
+                    continue
+                if self._whole(tensor * factor, tolerance) is not None:
+                    return float(factor)
+        return None
 
-    def of_size(self, size: int) -> list[int]:
-        """The values of a size."""
-        return self._sizes.get(size, [])
+    def dropped(self, tensor: Array) -> tuple[Array, float] | None:
+        """Which entries of a tensor some value has, times a factor; others are 0."""
+        if tensor.size < _SEVERAL:
+            return None
+        for index in self._sized.get(tensor.size, []):
+            value = self.array(index)
+            zeros = np.count_nonzero(value == 0)
+            if not 0 < zeros < value.size:
+                continue
+            for own, other, inverse in _arranged_back(tensor, value):
+                left = (other != 0) & (own != 0)
+                gone = (other == 0) & (own != 0)
+                if not left.any() or not gone.any() or (other[own == 0] != 0).any():
+                    continue
+                ratios = other[left] / own[left]
+                if np.ptp(ratios) <= 1e-5 * abs(ratios[0]) and ratios[0] > 1:
+                    return inverse(other != 0), float(ratios[0])
+        return None
 
 
 def _sketch(array: Array) -> tuple[float, float, float, float]:
@@ -144,6 +171,19 @@ def closest(tensor: Array, value: Array, enough: float) -> tuple[float, str]:
         if error <= enough:
             break
     return best
+
+
+def _arranged_back(
+    tensor: Array, value: Array
+) -> Iterator[tuple[Array, Array, Callable[[Array], Array]]]:
+    """The tensor, the value in its layout, and what brings others there too."""
+    one, two = np.squeeze(tensor), np.squeeze(value)
+    if one.ndim > _AXES or two.ndim > _AXES:
+        return
+    for axes in itertools.permutations(range(two.ndim)):
+        shape = tuple(two.shape[axis] for axis in axes)
+        if shape == one.shape:
+            yield one, two.transpose(axes), lambda x: x.reshape(tensor.shape)
 
 
 def _arranged(tensor: Array, value: Array) -> Iterator[tuple[Array, Array, str]]:

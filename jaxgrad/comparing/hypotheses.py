@@ -24,12 +24,14 @@ class Hypothesis(NamedTuple):
       text: what it says of PyTorch and JAX, after the name of the module.
       change: makes the changed call of the call.
       blind: its result may stand in JAX for another reason: only a whole run tells.
+      once: it holds for this call alone, and `change` makes it anew in another run.
     """
 
     kind: str
     text: str
     change: Callable[[Call], Call]
     blind: bool = False
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ _LOSSES = (
     "poisson_nll_loss", "gaussian_nll_loss", "cosine_embedding_loss", "soft_margin_loss",
     "hinge_embedding_loss", "margin_ranking_loss", "triplet_margin_loss",
 )  # fmt: skip
+for _name in _ACTIVATIONS:
+    _NAMES.setdefault(_name, ("input",))
 _EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 1e-7, 1e-4, 0.0)
 
 
@@ -162,6 +166,20 @@ def hypotheses(call: Call, context: Context) -> Iterator[Hypothesis]:
     for applies, make in _TABLE:
         if name in applies:
             yield from make(name, operands, context)
+    if name not in _NORMS:
+        yield from _exchanged(operands)
+
+
+def _exchanged(o: dict[str, Any]) -> Iterator[Hypothesis]:
+    """Two operands of one shape, each in the other's place."""
+    import torch
+
+    tensors = [k for k, x in o.items() if isinstance(x, torch.Tensor) and x.dim()]
+    for one, two in itertools.combinations(tensors, 2):
+        if o[one].shape == o[two].shape and o[one] is not o[two]:
+            text = f"takes the {one} and the {two} as they are, JAX exchanged"
+            swapped = _with(**{one: o[two], two: o[one]})
+            yield Hypothesis("swapped", text, swapped)
 
 
 def _norm(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
@@ -174,13 +192,25 @@ def _norm(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
         text = (
             f"normalizes by {_BATCH[now]} (it's in {now} mode), JAX by {_BATCH[other]}"
         )
-        if o["training"] is False or o["running_mean"] is not None:
-            yield Hypothesis("train_mode", text, _with(training=not o["training"]))
+        if not o["training"]:
+            yield Hypothesis("train_mode", text, _with(**_BY_BATCH))
+        elif o["running_mean"] is not None:
+            yield Hypothesis("train_mode", text, _with(training=False))
+        if not o["training"]:
+            mean, var = o["running_mean"], o["running_var"]
+            text = (
+                "normalizes by its running statistics, JAX by a mean of 0 and a "
+                "variance of 1: they weren't copied"
+            )
+            fresh = {"running_mean": mean * 0, "running_var": var * 0 + 1}
+            yield Hypothesis("values", text, _with(**fresh))
     for eps in dict.fromkeys([*small, *_EPSILONS]):
         if old is None or not math.isclose(eps, old, rel_tol=1e-5):
             text = f"has an epsilon of {old:g}, JAX one of {eps:g}" if old else (
                 f"has its default epsilon, JAX one of {eps:g}")  # fmt: skip
-            yield Hypothesis("epsilon", text, _with(eps=eps))
+            trains = o["training"] if name == "batch_norm" else False
+            changed = {"eps": eps, **(_BY_BATCH if trains else {})}
+            yield Hypothesis("epsilon", text, _with(**changed))
     axes = _norm_axes(name, o)
     if axes is None:
         return
@@ -235,6 +265,8 @@ def _norm(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
             yield Hypothesis("variance", text, _instead(rms))
 
 
+# By the batch's own statistics, with the running ones left alone.
+_BY_BATCH = {"training": True, "running_mean": None, "running_var": None}
 _BATCH = {"train": "the batch's own mean and variance", "eval": "the running ones"}
 
 
@@ -348,6 +380,8 @@ def _own_name(o: dict[str, Any], key: str, c: Context) -> str:
 
 def _weighted(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
     """A linear map's or a convolution's parameters: turned, exchanged, left out."""
+    import torch
+
     weight = o["weight"]
     own = _own_name(o, "weight", c)
     rows = weight.shape
@@ -361,6 +395,8 @@ def _weighted(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
         axes = tuple(range(2, len(rows)))
         text = f"slides the kernel `{own}` as it is (cross-correlation), JAX flipped"
         yield Hypothesis("permuted", text, _with(weight=weight.flip(axes)))
+    text = "takes its input channels in order, JAX in reverse"
+    yield Hypothesis("permuted", text, _with(weight=weight.flip(1)))
     if o.get("bias") is not None:
         text = "adds a bias, JAX doesn't"
         yield Hypothesis("bias", text, _with(bias=None))
@@ -389,6 +425,32 @@ def _weighted(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
                         f"as {order}"
                     )
                     yield Hypothesis("permuted", text, _with(**changed))
+    groups = o.get("groups", 1)
+    if groups > 1:
+        each = rows[0] // groups
+        for order, said in (
+            (weight.reshape(groups, each, *rows[1:]).transpose(0, 1), "group by group"),
+            (weight.reshape(each, groups, *rows[1:]).transpose(0, 1), "in turns"),
+        ):
+            text = f"has the output channels of its groups in order, JAX {said}"
+            yield Hypothesis("permuted", text, _with(weight=order.reshape(rows)))
+
+        def regrouped(o: dict[str, Any], function: Any = None) -> Any:
+            x = o["input"]
+            y = x.reshape(len(x), -1, o["groups"], *x.shape[2:]).transpose(1, 2)
+            return getattr(torch.nn.functional, name)(**{**o, "input": y.reshape(x.shape)})
+
+        def ungrouped(o: dict[str, Any]) -> Any:
+            y = getattr(torch.nn.functional, name)(**{**o, "bias": None})
+            z = y.reshape(len(y), o["groups"], -1, *y.shape[2:]).transpose(1, 2)
+            z = z.reshape(y.shape)
+            bias = o.get("bias")
+            return z if bias is None else z + bias.reshape(-1, *[1] * (z.dim() - 2))
+
+        text = "gives each group its input channels in order, JAX in turns"
+        yield Hypothesis("permuted", text, _instead(regrouped))
+        text = "has the output channels group by group, JAX in turns"
+        yield Hypothesis("permuted", text, _instead(ungrouped))
     if len(rows) == 2:
         # A layer after a flattened image: channels last where PyTorch has them first.
         width = rows[1]
@@ -403,9 +465,20 @@ def _weighted(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
                 yield Hypothesis("permuted", text, changed_)
 
 
+def _bilinear(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    own = _own_name(o, "weight", c)
+    if o["weight"].shape[1] == o["weight"].shape[2]:
+        text = f"multiplies by `{own}`, JAX by its transpose (axes 1 and 2)"
+        turned = _with(weight=o["weight"].transpose(1, 2))
+        yield Hypothesis("transposed", text, turned)
+    if o.get("bias") is not None:
+        yield Hypothesis("bias", "adds a bias, JAX doesn't", _with(bias=None))
+
+
 def _conv(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
     import torch
 
+    call_of = getattr(torch.nn.functional, name)
     axes = o["weight"].dim() - 2
     if "transpose" in name:
         for padding in range(4):
@@ -426,7 +499,7 @@ def _conv(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
                 o: dict[str, Any], flat: list[int] = flat, mode: str = mode
             ) -> Any:
                 x = torch.nn.functional.pad(o["input"], flat, mode)
-                return call_of({**o, "input": x, "padding": 0})
+                return call_of(**{**o, "input": x, "padding": 0})
 
             text = (
                 f"pads its input by {o.get('padding', 0)}, JAX by {_said(pads)}"
@@ -434,18 +507,10 @@ def _conv(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
             )
             if any(flat) or mode == "constant":
                 yield Hypothesis("padding", text, _instead(padded))
-    call_of = _conv_call(name)
     for stride in (1, 2):
         if o.get("stride") not in (stride, (stride,) * axes):
             text = f"has stride {o.get('stride', 1)}, JAX {stride}"
             yield Hypothesis("padding", text, _with(stride=stride))
-
-
-def _conv_call(name: str) -> Callable[[dict[str, Any]], Any]:
-    import torch
-
-    function = getattr(torch.nn.functional, name)
-    return lambda o: function(**o)
 
 
 def _said(pads: Sequence[tuple[int, int]]) -> str:
@@ -456,12 +521,13 @@ def _pad(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
     for mode in ("constant", "reflect", "replicate", "circular"):
         if mode != o.get("mode", "constant"):
             text = f"pads by {o.get('mode', 'constant')}, JAX by {mode}"
-            yield Hypothesis("padding", text, _with(mode=mode))
+            yield Hypothesis("padding", text, _with(mode=mode), True)
     pads = tuple(o["pad"])
     if len(pads) % 2 == 0:
         swapped = tuple(n for i in range(0, len(pads), 2) for n in pads[i : i + 2][::-1])
-        text = f"pads by {pads}, JAX by {swapped}"
-        yield Hypothesis("padding", text, _with(pad=swapped))
+        if swapped != pads:
+            text = f"pads by {pads}, JAX by {swapped}"
+            yield Hypothesis("padding", text, _with(pad=swapped), True)
 
 
 def _pool(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
@@ -472,6 +538,37 @@ def _pool(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
         now = o["count_include_pad"]
         text = f"{'counts' if now else 'leaves out'} the padding in its mean, JAX not so"
         yield Hypothesis("padding", text, _with(count_include_pad=not now))
+    axes = o["input"].dim() - 2
+    for pads in dict.fromkeys(p for p in c.paddings if len(p) == axes):
+        flat = [n for pair in reversed(pads) for n in pair]
+        for counted in (True, False):
+
+            def pooled_padded(
+                o: dict[str, Any], flat: list[int] = flat, counted: bool = counted
+            ) -> Any:
+                empty = 0.0 if "avg" in name else -math.inf
+                rest = {k: v for k, v in o.items() if k != "return_indices"}
+
+                def pool(x: Any, empty: float) -> Any:
+                    x = functional.pad(x, flat, value=empty)
+                    function = getattr(functional, name.replace("_with_indices", ""))
+                    return function(**{**rest, "input": x, "padding": 0})
+
+                y = pool(o["input"], empty)
+                if counted or "max" in name:
+                    return y
+                return y / pool(torch.ones_like(o["input"]), 0.0)
+
+            if "padding" in o:
+                how = "" if counted else ", and leaves out the padding in its mean"
+                text = f"pads its input by {o['padding']}, JAX by {_said(pads)}{how}"
+                yield Hypothesis("padding", text, _instead(pooled_padded))
+    if "avg" in name:
+        text = "takes the mean of each window, JAX the sum"
+        summed = lambda o: (  # noqa: E731
+            getattr(functional, name)(**o) * _window(o, axes)
+        )
+        yield Hypothesis("reduction", text, _instead(summed))
     other = name.replace("avg", "max") if "avg" in name else name.replace("max", "avg")
     other = other.replace("_with_indices", "")
     keep = ("input", "kernel_size", "stride", "padding", "ceil_mode", "output_size")
@@ -479,6 +576,14 @@ def _pool(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
         **{k: v for k, v in o.items() if k in keep}
     )
     yield Hypothesis("pooling", f"is {name}, JAX's {other}", _instead(pooled))
+
+
+def _window(o: dict[str, Any], axes: int) -> int:
+    """How many numbers a pool's window has."""
+    size = o.get("kernel_size")
+    if size is None:
+        return int(o["input"][0, 0].numel())
+    return int(size**axes if isinstance(size, int) else math.prod(size))
 
 
 def _attention(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
@@ -523,39 +628,15 @@ def _multi_head(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis
         yield Hypothesis("mask", text, _with(attn_mask=causal, is_causal=False))
     if o["attn_mask"] is not None or o["key_padding_mask"] is not None:
         text = "has a mask, JAX has none"
-        for changed in (
-            {"attn_mask": None, "is_causal": False},
-            {"key_padding_mask": None},
-            {"attn_mask": None, "is_causal": False, "key_padding_mask": None},
-        ):
+        for which, changed in (
+            ("attn_mask", {"attn_mask": None, "is_causal": False}),
+            ("key_padding_mask", {"key_padding_mask": None}),
+            ("attn_mask and a key_padding_mask",
+             {"attn_mask": None, "is_causal": False, "key_padding_mask": None}),
+        ):  # fmt: skip
+            text = f"has an {which}, JAX hasn't"
             yield Hypothesis("mask", text, _with(**changed))
-    rows = "q k v".split()
-    weight, bias = o["in_proj_weight"], o["in_proj_bias"]
-    if weight is not None:
-        for order in _permutations(3):
-            new = "".join(rows[i] for i in order)
-            changed = {"in_proj_weight": _rows(weight, order)}
-            if bias is not None:
-                changed["in_proj_bias"] = _rows(bias, order)
-            text = f"has the weights and biases in_proj in the order qkv, JAX as {new}"
-            yield Hypothesis("swapped", text, _with(**changed))
-            text = f"has the weights in_proj in the order qkv, JAX as {new}"
-            one = {"in_proj_weight": _rows(weight, order)}
-            yield Hypothesis("swapped", text, _with(**one))
-        blocks = weight.chunk(3)
-        if blocks[0].shape[0] == blocks[0].shape[1]:
-            for turned in itertools.product((False, True), repeat=3):
-                if any(turned):
-                    turn = torch.cat(
-                        [b.T if t else b for b, t in zip(blocks, turned, strict=True)]
-                    )
-                    which = ", ".join(
-                        r for r, t in zip(rows, turned, strict=True) if t
-                    )
-                    text = f"multiplies by in_proj, JAX by the transpose of its {which}"
-                    yield Hypothesis("transposed", text, _with(in_proj_weight=turn))
-    if bias is not None:
-        yield Hypothesis("bias", "adds in_proj_bias, JAX doesn't", _with(in_proj_bias=None))
+    yield from _in_projection(o)
     out = o["out_proj_weight"]
     text = "multiplies by out_proj.weight, JAX by its transpose"
     yield Hypothesis("transposed", text, _with(out_proj_weight=out.T))
@@ -565,20 +646,95 @@ def _multi_head(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis
     width = o["embed_dim_to_check"] // o["num_heads"]
     for said, scale in _scales(width, c):
         factor = scale * width**0.5
-        if weight is not None and not math.isclose(factor, 1, rel_tol=1e-5):
-            ones = torch.ones(3, 1, dtype=weight.dtype)
-            ones[0] = factor
-            scaled = ones.repeat_interleave(len(weight) // 3, 0)
-            changed = {"in_proj_weight": weight * scaled}
-            if bias is not None:
-                changed["in_proj_bias"] = bias * scaled[:, 0]
+        if not math.isclose(factor, 1, rel_tol=1e-5):
             text = f"scales its scores by {width**-0.5:g}, JAX {said}"
-            yield Hypothesis("factor", text, _with(**changed))
+            by = lambda o, f=factor: multi_head(o, scale=f)  # noqa: E731
+            yield Hypothesis("factor", text, _instead(by))
+    axes = ("the keys", "the queries", "the heads", "the batch")
+    for axis, said in zip((-1, -2, -3, -4), axes, strict=True):
+        if axis != -1:
+            text = f"takes the softmax over {axes[0]}, JAX over {said}"
+            over = lambda o, a=axis: multi_head(o, axis=a)  # noqa: E731
+            yield Hypothesis("softmax_axis", text, _instead(over))
+    text = "has the numbers of each head together, JAX in turns"
+    turns = lambda o: multi_head(o, turns=True)  # noqa: E731
+    yield Hypothesis("permuted", text, _instead(turns))
     heads = o["num_heads"]
     for other in range(1, 2 * heads + 1):
         if other != heads and o["embed_dim_to_check"] % other == 0:
             text = f"has {heads} heads, JAX {other}"
             yield Hypothesis("heads", text, _with(num_heads=other))
+
+
+def _in_projection(o: dict[str, Any]) -> Iterator[Hypothesis]:
+    """The projections to queries, keys and values, which are one array."""
+    import torch
+
+    rows = "qkv"
+    weight, bias = o["in_proj_weight"], o["in_proj_bias"]
+    if weight is None:
+        return
+    for order in _permutations(3):
+        new = "".join(rows[i] for i in order)
+        changed = {"in_proj_weight": _rows(weight, order)}
+        text = f"has the weights in_proj in the order qkv, JAX as {new}"
+        yield Hypothesis("swapped", text, _with(**changed))
+        if bias is not None:
+            changed = {**changed, "in_proj_bias": _rows(bias, order)}
+            text = f"has weights and biases in_proj in the order qkv, JAX as {new}"
+            yield Hypothesis("swapped", text, _with(**changed))
+    some = [p for p in itertools.product((False, True), repeat=3) if any(p)]
+    for chosen in some:
+        which = ", ".join(r for r, yes in zip(rows, chosen, strict=True) if yes)
+        blocks = zip(weight.chunk(3), chosen, strict=True)
+        if weight.shape[0] == 3 * weight.shape[1]:
+            turned = torch.cat([b.T if yes else b for b, yes in blocks])
+            text = f"multiplies by in_proj, JAX by the transpose of its {which}"
+            yield Hypothesis("transposed", text, _with(in_proj_weight=turned))
+        if bias is not None:
+            parts = zip(bias.chunk(3), chosen, strict=True)
+            left = torch.cat([b * 0 if yes else b for b, yes in parts])
+            text = f"adds in_proj_bias, JAX doesn't to its {which}"
+            yield Hypothesis("bias", text, _with(in_proj_bias=left))
+
+
+def multi_head(
+    o: dict[str, Any], scale: float = 1.0, axis: int = -1, turns: bool = False
+) -> Any:
+    """`torch.nn.functional.multi_head_attention_forward`, with a twist.
+
+    Args:
+      o: its operands, by name; without dropout.
+      scale: what the scores are multiplied by beside the usual.
+      axis: that of the softmax.
+      turns: the heads take the numbers in turns, not block by block.
+    """
+    import torch
+
+    functional, heads = torch.nn.functional, o["num_heads"]
+    sources = o["query"], o["key"], o["value"]
+    weights = (
+        o["in_proj_weight"].chunk(3) if o["in_proj_weight"] is not None
+        else (o["q_proj_weight"], o["k_proj_weight"], o["v_proj_weight"])
+    )  # fmt: skip
+    biases = [None] * 3 if o["in_proj_bias"] is None else o["in_proj_bias"].chunk(3)
+    parts = []
+    for x, w, b in zip(sources, weights, biases, strict=True):
+        y = functional.linear(x, w, b)
+        y = y.unflatten(-1, (-1, heads) if turns else (heads, -1))
+        parts.append((y.transpose(-1, -2) if turns else y).permute(1, 2, 0, 3))
+    q, k, v = parts
+    scores = q @ k.transpose(-1, -2) * (scale * q.shape[-1] ** -0.5)
+    for mask in (o["attn_mask"], o["key_padding_mask"]):
+        if mask is not None:
+            full = mask[:, None, None] if mask is o["key_padding_mask"] else mask
+            if full.dtype == torch.bool:
+                scores = scores.masked_fill(full, -math.inf)
+            else:
+                scores = scores + full
+    y = (scores.softmax(axis) @ v).permute(2, 0, 1, 3)
+    y = (y.transpose(-1, -2) if turns else y).flatten(-2)
+    return functional.linear(y, o["out_proj_weight"], o["out_proj_bias"])
 
 
 def _embedding(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
@@ -610,6 +766,7 @@ def _loss(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
             if 0 <= new < 1 and not math.isclose(new, now, abs_tol=1e-9):
                 text = f"smooths its labels by {now:g}, JAX by {new:g}"
                 options.append(("label_smoothing", text, {"label_smoothing": new}))
+        yield from _cross_entropy(o, c)
         if o["weight"] is not None:
             options.append(("factor", "weighs its classes, JAX doesn't", {"weight": None}))
         if 0 <= o["ignore_index"]:
@@ -653,6 +810,60 @@ def _loss(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
                 yield Hypothesis("factor", text, _instead(swapped))
 
 
+def _cross_entropy(o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    """A cross entropy whose softmax or smoothing is another than PyTorch's."""
+    import torch
+
+    functional = torch.nn.functional
+    x = o["input"]
+    axis = 1 if x.dim() > 1 else 0
+
+    def with_logs(logs: Callable[[Any], Any]) -> Callable[[Call], Call]:
+        # The log softmax of logarithms that sum to 1 is what they are; of others, what
+        # is left is taken away.
+        def change(o: dict[str, Any]) -> Any:
+            y = logs(o["input"])
+            rest = {k: v for k, v in o.items() if k != "input"}
+            smooth = rest.pop("label_smoothing")
+            rest.pop("reduce", None), rest.pop("size_average", None)
+            if o["target"].is_floating_point():
+                return -(y * o["target"]).sum(axis).mean()
+            value = functional.nll_loss(y, **rest)
+            return (1 - smooth) * value - smooth * y.mean(axis).mean()
+
+        return _instead(change)
+
+    for dim in range(x.dim()):
+        if dim != axis:
+            text = f"takes the softmax over axis {axis}, JAX over axis {dim}"
+            change = with_logs(lambda x, d=dim: x.log_softmax(d))
+            yield Hypothesis("softmax_axis", text, change)
+    text = "takes the softmax of the logits, JAX of their softmax"
+    twice = with_logs(lambda x: x.softmax(axis).log_softmax(axis))
+    yield Hypothesis("activation", text, twice)
+    text = "takes the softmax of its input, JAX takes it for logarithms already"
+    yield Hypothesis("activation", text, with_logs(lambda x: x))
+    classes = x.shape[axis]
+    smooth = o["label_smoothing"] * classes / (classes - 1) if classes > 1 else 0
+    if 0 < smooth < 1:
+        text = "smooths over all classes, JAX over the others only"
+        yield Hypothesis("label_smoothing", text, _with(label_smoothing=smooth))
+
+
+def _nll(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
+    if o.get("weight") is not None:
+        text = "divides by the sum of the weights, JAX by the number of targets"
+
+        def by_count(o: dict[str, Any]) -> Any:
+            import torch
+
+            rest = {k: v for k, v in o.items() if k in ("input", "target", "weight")}
+            total = torch.nn.functional.nll_loss(**rest, reduction="sum")
+            return total / o["target"].numel()
+
+        yield Hypothesis("reduction", text, _instead(by_count))
+
+
 def _mean(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
     import torch
 
@@ -686,7 +897,12 @@ def _arithmetic(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis
     import torch
 
     now = o["other"]
-    if isinstance(now, torch.Tensor) or isinstance(now, bool):
+    if isinstance(now, torch.Tensor):
+        if "mul" in name and now.detach().unique().numel() <= 2:
+            same = _instead(lambda o: o["input"] * torch.ones_like(o["other"]))
+            yield Hypothesis("mask", "masks its values, JAX doesn't", same, True)
+        return
+    if isinstance(now, bool):
         return
     adds = "add" in name or "sub" in name
     for new in c.literals:
@@ -742,7 +958,8 @@ _TABLE: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Hypothesis]]], ...] 
     (_NORMS, _norm),
     (_DROPOUTS, _dropout),
     (("gelu",), _gelu),
-    (("linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+    (("bilinear",), _bilinear),
+    (("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
       "conv_transpose2d", "conv_transpose3d"), _weighted),
     (("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
       "conv_transpose3d"), _conv),
@@ -754,6 +971,7 @@ _TABLE: tuple[tuple[tuple[str, ...], Callable[..., Iterator[Hypothesis]]], ...] 
     (("scaled_dot_product_attention",), _attention),
     (("multi_head_attention_forward",), _multi_head),
     (("embedding",), _embedding),
+    (("nll_loss",), _nll),
     (_LOSSES, _loss),
     (("mean", "sum"), _mean),
     (("var", "std"), _variance),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.pytrees import Kind, PyTree, as_params, foreign, kind_of, leaf_name
@@ -67,7 +68,7 @@ def leaves_of(like: PyTree) -> tuple[list[Leaf], Any]:
 def _kind(value: Any) -> Kind:
     if not isinstance(value, jax.ShapeDtypeStruct):
         return kind_of(value)
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return "fixed"
     return kind_of(np.zeros((), value.dtype))
 

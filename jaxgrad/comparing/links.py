@@ -79,7 +79,7 @@ class Measure(NamedTuple):
         """The worst difference in units in the last place of float32."""
         if self.worst is None or not np.isfinite(self.worst.torch):
             return 0.0
-        return float(self.max_error / np.spacing(np.float32(abs(self.worst.torch))))
+        return self.max_error / float(np.spacing(np.float32(abs(self.worst.torch))))
 
 
 def links_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,15 +125,15 @@ def load_torch_parameters(
         of parameters (or holds code, which isn't run).
       TypeError: the source, or something in it or in `like`, is of a wrong type.
       FileNotFoundError: there is no such file.
-      ImportError: PyTorch is needed and isn't installed: `pip install 'jaxgrad[torch]'`.
+      ImportError: PyTorch is needed and isn't installed.
 
     Example:
       >>> import jaxgrad, numpy as np
-      >>> state = {"weight": np.array([[0.5, 0.4, 0.3]]), "bias": np.array([0.3])}
-      >>> like = {"kernel": np.zeros((3, 1)), "bias": np.zeros(1)}
+      >>> state = {"weight": np.ones((2, 3)), "bias": np.array([0.5, 0.3])}
+      >>> like = {"kernel": np.zeros((3, 2)), "bias": np.zeros(2)}
       >>> loaded = jaxgrad.load_torch_parameters(state, like)
       >>> loaded.params["kernel"].shape, loaded.parameters[1].layout
-      ((3, 1), 'transposed')
+      ((3, 2), 'transposed')
 
     Source: the layouts are those of https://docs.pytorch.org/docs/stable/nn.html,
     "Variables" of each module.
@@ -141,7 +141,11 @@ def load_torch_parameters(
     entries, findings = read_source(source)
     leaves, treedef = leaves_of(like)
     pairs, said = pairs_of(leaves, entries, mapping or {})
-    laid = [_Open(leaf, pair, entries) for leaf, pair in zip(leaves, pairs) if pair]
+    laid = [
+        _Open(leaf, pair, entries)
+        for leaf, pair in zip(leaves, pairs, strict=True)
+        if pair
+    ]
     _check_transposed(laid)
     if verify is not None:
         kinds = _by_verify(laid, leaves, treedef, entries, verify)
@@ -198,7 +202,7 @@ class _Open:
         numbers, path = self.numbers(entries, fit), self.leaf.path
         dtype = jax.dtypes.canonicalize_dtype(self.leaf.dtype)
         with np.errstate(all="ignore"):
-            cast = numbers.astype(dtype)
+            cast = numbers.astype(dtype, copy=False)
         said = []
         if numbers.dtype != cast.dtype:
             with np.errstate(all="ignore"):
@@ -229,14 +233,15 @@ class _Open:
 def _check_transposed(laid: Sequence[_Open]) -> None:
     """A transposed convolution's kernel is mirrored, even where only one order fits."""
     for one in laid:
-        if one.fits and is_transposed_convolution(one.leaf.owner):
-            if len(one.torch_shape) > 2 and last_name(one.leaf.path) == "weight":
-                if one.usual is None:
-                    raise ValueError(
-                        f"Leaf `{one.leaf.path}` is a transposed convolution in "
-                        "groups, whose layout isn't covered: give it by mapping="
-                        f"{{{one.leaf.path!r}: ({one.pair.names[0]!r}, transform)}}."
-                    )
+        if not one.fits or not is_transposed_convolution(one.leaf.owner):
+            continue
+        kernel = len(one.torch_shape) > 2 and last_name(one.leaf.path) == "weight"
+        if kernel and one.usual is None:
+            raise ValueError(
+                f"Leaf `{one.leaf.path}` is a transposed convolution in groups, whose "
+                f"layout isn't covered: give it by mapping={{{one.leaf.path!r}: "
+                f"({one.pair.names[0]!r}, transform)}}."
+            )
 
 
 def _by_convention(laid: Sequence[_Open]) -> list[Finding]:
@@ -325,22 +330,26 @@ def _by_verify(
         return made[id(one.leaf), fit]
 
     def tree(choice: tuple[int, ...]) -> PyTree:
-        fits = {id(one.leaf): k for one, k in zip(undecided, choice)}
+        fits = {id(one.leaf): k for one, k in zip(undecided, choice, strict=True)}
         by_leaf = {id(one.leaf): array(one, fits.get(id(one.leaf), 0)) for one in laid}
         return treedef.unflatten(by_leaf.get(id(f), f.value) for f in leaves)
 
     def describe(choice: tuple[int, ...]) -> str:
-        texts = [f"{o.leaf.path} {o.fits[k].text}" for o, k in zip(undecided, choice)]
+        both = zip(undecided, choice, strict=True)
+        texts = [f"{one.leaf.path} {one.fits[k].text}" for one, k in both]
         return f", with {', '.join(texts[:4])}" if texts else ""
 
     counts = [len(one.fits) for one in undecided]
     loss = jax_value(verify, tree((0,) * len(counts)))
-    value: Callable[[tuple[int, ...]], float] = lambda choice: loss(tree(choice))
+
+    def value(choice: tuple[int, ...]) -> float:
+        return loss(tree(choice))
+
     names = [one.leaf.path for one in undecided]
     choice, unsettled = settle(names, counts, value, wanted, describe)
     still = [undecided[i] for i in unsettled]
     rest = _by_convention_of(still, choice, undecided)
-    for one, k in zip(undecided, choice):
+    for one, k in zip(undecided, choice, strict=True):
         if one not in still:
             one.fits, one.how = [one.fits[k]], "verify"
     text = f"the loss is PyTorch's, {wanted:.8g}"
@@ -351,7 +360,7 @@ def _by_convention_of(
     still: Sequence[_Open], choice: tuple[int, ...], undecided: Sequence[_Open]
 ) -> list[Finding]:
     """What the loss leaves open, custom may settle, if it was what the loss allows."""
-    chosen = dict(zip(map(id, undecided), choice))
+    chosen = dict(zip(map(id, undecided), choice, strict=True))
     for one in still:
         if chosen[id(one)]:
             one.custom = None  # another layout than the usual was needed

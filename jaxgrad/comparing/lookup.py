@@ -60,7 +60,8 @@ def look_up(
             for axis in range(len(block.shape)):
                 line = Line(axis, at, {})
                 mine.append(line)
-                values.append((line, array[(*at[:axis], slice(None), *at[axis + 1 :])]))
+                index: tuple[Any, ...] = (*at[:axis], slice(None), *at[axis + 1 :])
+                values.append((line, array[index]))
         lines.append(mine)
     by_dtype: dict[Any, list[tuple[Line, Array]]] = {}
     for line, along in values:
@@ -193,7 +194,7 @@ def _covered(block: Block, line: Line, name: Names) -> bool:
     """Whether a parameter has most of a line, and both its ends."""
     if name not in line.places:
         return block.shape[line.axis] == 1
-    has = (line.places[name] >= 0).any(axis=1)
+    has = np.asarray((line.places[name] >= 0).any(axis=1))
     if has.mean() < 0.6:
         return False
     at = np.flatnonzero(has)
@@ -205,27 +206,25 @@ def _cuts(block: Block, line: Line) -> tuple[int, ...]:
     length = block.shape[line.axis]
     if length == 1 or not line.places:
         return ()
-    every = [(places >= 0).any(axis=1) for places in line.places.values()]
-    if np.any(every, axis=0).mean() < 0.5:
+    every = np.stack([(p >= 0).any(axis=1) for p in line.places.values()])
+    if every.any(axis=0).mean() < 0.5:
         return ()
     # Per parameter and entry, where its run of entries ends: gaps of 2 are jumped.
     stops = np.zeros((len(line.places), length), np.int64)
     for row, has in enumerate(every):
-        last = -9
-        for at in range(length - 1, -1, -1):
-            if has[at]:
-                stops[row, at] = (
-                    at + 1 if last - at > 3 or last < 0 else stops[row, last]
-                )
-                last = at
-    cuts, at = [], 0
-    while at < length:
-        stop = int(stops[:, at].max())
+        known = np.flatnonzero(has)
+        if len(known):
+            ends = np.flatnonzero(np.append(np.diff(known) > 3, True))
+            stops[row, known] = np.repeat(known[ends] + 1, np.diff(ends, prepend=-1))
+    longest = stops.max(axis=0)
+    cuts: list[int] = []
+    while not cuts or cuts[-1] < length:
+        at = cuts[-1] if cuts else 0
+        stop = int(longest[at])
         if stop <= at:
-            later = np.flatnonzero(stops[:, at:].max(axis=0) > 0)
+            later = np.flatnonzero(longest[at:] > 0)
             stop = at + int(later[0]) if len(later) else length
         cuts.append(stop)
-        at = stop
     if len(cuts) > max(2, length / 3):
         return tuple(range(1, length)) if length <= _LAYERS else ()
     return tuple(cuts[:-1])
@@ -252,9 +251,10 @@ def _offsets(
     values, counted = np.unique(origins, return_counts=True)
     origin = int(values[np.argmax(counted)])
     fixed = []
-    for axis, (offsets, at) in enumerate(zip(along, base, strict=True)):
-        relative = offsets - offsets[at]
-        fixed.append(relative + origin if axis == 0 else relative)
+    for offsets, at in zip(along, base, strict=True):
+        origin += int(offsets.min() - offsets[at])
+        fixed.append(offsets - offsets.min())
+    fixed[0] = fixed[0] + origin
     low = sum(int(o.min()) for o in fixed)
     high = sum(int(o.max()) for o in fixed)
     return tuple(fixed) if low >= 0 and high < size else None

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxgrad.comparing.content import Block, Differing, count, differing
+from jaxgrad.comparing.content import Differing, count, differing
 from jaxgrad.comparing.layouts import Layout, Piece, piece_of
 from jaxgrad.comparing.orders import describe
-from jaxgrad.comparing.searching import Ambiguity, Search
+from jaxgrad.comparing.record import Ambiguity
+from jaxgrad.comparing.searching import Search
 
 Array = npt.NDArray[Any]
 Transform = Callable[[Any], Any]
@@ -61,14 +62,8 @@ def match(
     search = Search(leaves, parameters)
     given = _given(search, leaves, parameters, dict(mapping or {}))
     search.find([path for path in leaves if path not in dict(mapping or {})])
-    pieces = search.complete()
-    layouts = []
-    for path, leaf in leaves.items():
-        if path in given:
-            layouts.append(given[path])
-        elif path in pieces:
-            text = describe(pieces[path], leaf.shape, search.shapes)
-            layouts.append(Layout(path, leaf.shape, tuple(pieces[path]), text))
+    found = {**search.layouts(), **given}
+    layouts = [found[path] for path in leaves if path in found]
     if not layouts:
         raise ValueError(_nothing(leaves, parameters))
     matched = {layout.path for layout in layouts}
@@ -186,6 +181,3 @@ def _rearrangement(
     if not whole or places.min() < 0 or places.max() >= size:
         return None
     return piece_of(name, places) if np.array_equal(other[places], moved) else None
-
-
-__all__ = ["Ambiguity", "Block", "Differing", "Matches", "match"]

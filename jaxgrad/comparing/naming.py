@@ -28,10 +28,11 @@ _ROLES = {
 _ROLE = {word: role for role, words in _ROLES.items() for word in words.split()}
 _UNSURE = {"w", "b", "g"}  # they may be roles, or mere letters
 # Words that many names share and that tell no two layers apart.
-_NOISE = set(
-    "params param parameters values layers layer model models module modules "
-    "block blocks h net network transformer running batch stats raw array".split()
+_COMMON = (
+    "params param parameters values layers layer model models module modules block "
+    "blocks h net network transformer running batch stats raw array"
 )
+_NOISE = set(_COMMON.split())
 _SAME = {
     "attention": "attn",
     "self": "attn",
@@ -130,13 +131,14 @@ class Side:
 
     Attributes:
       names: one per array.
-      slots: per array, the place of each of its numbers among those that stand there.
+      slots: per array and number, its place among those that stand there, and how many
+        those are: without the count, fc1 would go with the first of any list.
       makes: per array, the roles and sizes of its layer's arrays.
       order: the arrays' places in natural order: layer 2 before layer 10.
     """
 
     names: tuple[Name, ...]
-    slots: tuple[tuple[int, ...], ...]
+    slots: tuple[tuple[tuple[int, int], ...], ...]
     makes: tuple[Any, ...]
     order: tuple[int, ...]
 
@@ -154,8 +156,9 @@ def side_of(texts: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Side:
         layers[name.layer].append((name.role, math.prod(shape)))
     slots = tuple(
         tuple(
-            sum(other < number for other in seen[name.words, slot])
+            (sum(n < number for n in there), len(there))
             for slot, number in enumerate(name.numbers)
+            for there in [seen[name.words, slot]]
         )
         for name in names
     )
@@ -172,8 +175,8 @@ def scores(
 ) -> npt.NDArray[np.float64]:
     """How well each leaf goes with each entry; -inf where it can't."""
     table = np.full(fits.shape, -np.inf)
-    leaf_places = _places(leaves, fits.any(1))
-    entry_places = _places(entries, fits.any(0))
+    leaf_places = _places(leaves, np.asarray(fits.any(1)))
+    entry_places = _places(entries, np.asarray(fits.any(0)))
     for i, j in zip(*np.nonzero(fits), strict=True):
         a, b = leaves.names[i], entries.names[j]
         if a.role and b.role and a.role != b.role and a.sure and b.sure:
@@ -190,7 +193,9 @@ def scores(
                 equal = sum(x == y for x, y in zip(mine, theirs, strict=True))
                 same = equal / len(mine)
             in_order = leaf_places[i] == entry_places[j]
-            score += 0.5 * max(same, float(in_order)) + 0.25 * (a.numbers == b.numbers)
+            score += 0.5 * max(same, float(in_order))
+            if a.words and a.layer == b.layer:
+                score += 0.25
         table[i, j] = score
     return table
 
@@ -207,7 +212,7 @@ def _places(side: Side, some: npt.NDArray[np.bool_]) -> list[tuple[int, ...]]:
     for index, name in enumerate(side.names):
         if some[index]:
             groups[name.words, name.role, side.makes[index]].append(index)
-    places = [(-1,)] * len(side.names)
+    places: list[tuple[int, ...]] = [(-1,)] * len(side.names)
     for group in groups.values():
         for place, index in enumerate(sorted(group, key=lambda i: side.order[i])):
             places[index] = (place, len(group))
@@ -221,7 +226,9 @@ def assign(
 
     `twins` is equal for entries that are the same memory: those can't be confused.
     """
-    from scipy.optimize import linear_sum_assignment
+    from scipy.optimize import (  # type: ignore[import-untyped]
+        linear_sum_assignment,
+    )
 
     rows, columns = table.shape
     if not rows or not columns:

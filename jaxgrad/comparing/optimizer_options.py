@@ -86,7 +86,7 @@ ALGORITHMS = (
 )
 """Rules that may stand in place of another, each with its usual options."""
 
-WHOLE = ("accumulated", "every", "clip_norm", "clip_value")
+WHOLE = ("accumulated", "every", "clip_norm", "clip_eps", "clip_value")
 """Options that hold for all parameters together."""
 
 
@@ -121,9 +121,13 @@ def families(rule: Rule, count: int) -> Iterator[Family]:
     for changes in _BUNDLES.get(algorithm, ()):
         yield Family([changes])
     yield Family([{"accumulated": True}])
-    yield Family([{"every": every} for every in (2, 3, 4, 8) if every <= count])
+    if count > 1:
+        yield Family([{"every": every} for every in (2, 3, 4, 8) if every <= count])
     for name in ("clip_norm", "clip_value"):
         yield Family([{name: level} for level in _LEVELS], name)
+    # As torch.nn.utils.clip_grad_norm_ has it.
+    clipped = [{"clip_norm": level, "clip_eps": 1e-6} for level in _LEVELS]
+    yield Family(clipped, "clip_norm")
 
 
 def to_scale(name: str, value: float) -> float:
@@ -135,8 +139,9 @@ def to_scale(name: str, value: float) -> float:
 
 def from_scale(name: str, x: float) -> float:
     """The option's value, from that scale."""
-    value = float(np.exp(min(x, 100.0)))
-    return 1 - value if name in ("momentum", "dampening", "b1", "b2") else value
+    if name in ("momentum", "dampening", "b1", "b2"):
+        return 1 - float(np.exp(min(x, np.log(2))))
+    return float(np.exp(min(x, 100.0)))
 
 
 _KINDS = {
@@ -158,7 +163,7 @@ _KINDS = {
     "clip_value": "clipping",
 }
 _SAID: dict[str, Callable[[Any], str]] = {
-    "held": lambda on: "doesn't move them" if on else "moves them",
+    "held": lambda on: "stands still" if on else "moves",
     "maximize": lambda on: "climbs" if on else "descends",
     "nesterov": lambda on: "looks ahead (nesterov)" if on else "has no nesterov",
     "bias_correction": lambda on: (
@@ -211,20 +216,21 @@ def explain(base: Rule, rule: Rule, steps: Steps, who: Who) -> tuple[Cause, ...]
     differs = np.zeros(len(steps.names), bool)
     for name in Rule._fields[1:-1]:
         off = _off(base, rule, steps, name)
-        if name != "lr" and off.any():
+        if name not in ("lr", "clip_eps") and off.any():
             changed.setdefault(_KINDS.get(name, name), []).append(name)
             differs |= off
     where = ""
     if changed and not differs.all():
-        where = f" For {named(steps.names, differs)}."
+        where = f"For {named(steps.names, differs)}, "
+    more = ""
     if rule.clip_norm < min(steps.norms.min(), base.clip_norm):
-        where += " (Each step is clipped here, so that a learning rate hides the norm.)"
+        more = " (Each step is clipped here, so that a learning rate hides the norm.)"
     entries = steps.spread(differs)
     causes = []
     for kind, names in changed.items():
         ours, theirs = (_says(kind, names, r, entries) for r in (rule, base))
         model = called(base)
-        text = f"{who.ours} {ours}; {who.theirs} ({model}) {theirs}.{where}"
+        text = f"{where}{who.ours} {ours}; {who.theirs} ({model}) {theirs}.{more}"
         causes.append(Cause(kind, text))
     if _off(base, rule, steps, "lr").any():
         causes.append(_rates(base, rule, steps, who))
@@ -268,6 +274,8 @@ def _says(kind: str, names: list[str], rule: Rule, entries: Array) -> str:
     for name in names:
         values = np.unique(_part(getattr(rule, name), entries))[:3]
         said = [_SAID[name](value) for value in values]
+        if rule.algorithm == "RMSprop":  # has one, by another name
+            said = [text.replace("beta2", "alpha") for text in said]
         told.append(" or ".join(dict.fromkeys(said)))
     return " and ".join(told)
 

@@ -25,7 +25,7 @@ from jaxgrad.comparing.optimizer_options import (
     from_scale,
     to_scale,
 )
-from jaxgrad.comparing.update_rules import Array, Rule, Steps, movements
+from jaxgrad.comparing.update_rules import WRITTEN, Array, Rule, Steps, movements
 
 
 def misfit(steps: Steps, rule: Rule) -> Array:
@@ -53,21 +53,27 @@ def find_optimizer_causes(
     """
     who = who or Who()
     search = _Search(base, steps)
-    # The simplest first: an option of a few values has less to fit by than any number.
+    # The simplest first: what has fewer numbers to fit. A schedule has one for a step.
+    few = steps.length < 4
     for tier in (
         search.listed(""),
         search.rates("all"),
         search.fitted(""),
-        search.rates("steps", "parameters"),
+        search.rates("parameters", "steps") if few else search.rates("parameters"),
         search.listed("all"),
-        search.listed("steps"),
         search.algorithms(),
         search.fitted("all"),
+        search.rates("steps"),
+        search.listed("steps"),
         search.pairs(),
     ):
         rule = next(iter(tier), None)
         if rule is not None:
-            return explain(base, rule, steps, who)
+            causes = explain(base, rule, steps, who)
+            if steps.length == 1:
+                hint = " (Of one step; more of them tell such causes apart.)"
+                causes = tuple(Cause(c.kind, c.text + hint) for c in causes)
+            return causes
     return (_unknown(base, steps, who),)
 
 
@@ -124,20 +130,22 @@ class _Search:
         for other in others:
             yield from self.fit_rates(other, "all")
         for other in others:
-            search = _Search(other, self.steps)
-            yield from search.listed("all")
+            if other.algorithm in WRITTEN:  # PyTorch's own are slow to try
+                yield from _Search(other, self.steps).listed("all")
 
     def pairs(self) -> Iterator[Rule]:
         """Two changes, tried on some entries first."""
         rough, everywhere = self.thinned(), self.scopes[0]
-        for one, two in itertools.combinations(self.families, 2):
-            shared = {*one.changes[0]} & {*two.changes[0]} if one.changes else {""}
-            if shared or not two.changes:
+        # The same families, for fewer entries.
+        both = zip(rough.families, self.families, strict=True)
+        for one, two in itertools.combinations(both, 2):
+            if {*one[0].changes[0]} & {*two[0].changes[0]}:
                 continue
-            some = [
-                family._replace(changes=family.changes[:6]) for family in (one, two)
-            ]
-            if next(rough.fit(some, everywhere), None) is not None:
+            few, some = (
+                [family._replace(changes=family.changes[:6]) for family in pair]
+                for pair in zip(one, two, strict=True)
+            )
+            if next(rough.fit(few, everywhere), None) is not None:
                 yield from self.fit(some, everywhere)
 
     def exact(
@@ -207,11 +215,14 @@ class _Search:
         if way == "parameters":
             first = self.steps.first
             sums = (np.add.reduceat(s.sum(0), first) for s in (products, squares))
-            return self.steps.spread(_over(*sums))
+            fits = (_misfit(self.steps, moved) <= 1).all(0)
+            return self.steps.spread(np.where(fits, 1, _over(*sums)))
         return np.ones(())
 
     def changed(self, changes: Changes, scope: Array) -> Rule | None:
         """The rule with a change to some parameters; `None` if it changes nothing."""
+        if "held" in changes and (scope.all() or not self.steps.moved.any()):
+            return None  # no step at all: its length is 0
         new = {}
         for name, value in changes.items():
             old = getattr(self.base, name)
@@ -260,18 +271,20 @@ def _over(above: Any, below: Any) -> Array:
 def _minimum(left: Callable[[Array], Array], x: Array) -> Array:
     """Where a sum of squares is least, near `x`, by Gauss and Newton's steps."""
     now = left(x)
-    for _ in range(25):
+    for count in range(25):
         steps = 1e-6 * np.eye(len(x))
         slopes = np.stack([(left(x + h) - left(x - h)) / 2e-6 for h in steps], 1)
         move = np.linalg.lstsq(slopes, -now, rcond=None)[0]
-        for _ in range(12):
+        for _ in range(8):
             after = left(x + move)
             if np.sum(after**2) < np.sum(now**2):
                 break
             move = move / 2
         else:
             return x
+        # Near a rule that fits, each step leaves far less than the one before.
+        slow = count > 2 and np.sum(after**2) > 0.5 * np.sum(now**2)
         x, now = x + move, after
-        if np.abs(move).max() < 1e-12:
+        if slow or np.abs(move).max() < 1e-12:
             break
     return x

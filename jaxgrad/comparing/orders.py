@@ -150,7 +150,7 @@ def _views(
 
 def _splits(length: int, inner: set[int]) -> list[tuple[int, ...]]:
     """Ways to split an axis by the lengths of the other array's axes."""
-    found = {(length,): None}
+    found: dict[tuple[int, ...], None] = {(length,): None}
     for first in sorted(inner):
         if first < length and length % first == 0:
             found[first, length // first] = None
@@ -243,9 +243,9 @@ def _order_text(piece: Piece, torch_shape: tuple[int, ...]) -> str:
             reverse = len(set(apart.tolist())) == 1
             return "reversed" if reverse else "in another order"
         steps.append(int(apart[0]))
+    torch_steps = [count(torch_shape[a + 1 :]) for a in range(len(torch_shape))]
+    long = [s for s, n in zip(torch_steps, torch_shape, strict=True) if n > 1]
     if steps != sorted(steps, reverse=True):
-        torch_steps = [count(torch_shape[a + 1 :]) for a in range(len(torch_shape))]
-        long = [s for s, n in zip(torch_steps, torch_shape, strict=True) if n > 1]
         if len(steps) == 2 and len(long) == 2:
             return "transposed"
         if sorted(steps) == sorted(long):
@@ -253,7 +253,4 @@ def _order_text(piece: Piece, torch_shape: tuple[int, ...]) -> str:
             short = [a for a in range(len(torch_shape)) if a not in order]
             return f"axes {tuple(order + short)}"
         return f"axes in another order, reshaped to {piece.shape}"
-    lengths = [len(o) for o in axes]
-    if lengths == [n for n in torch_shape if n > 1] or len(steps) == len(torch_shape):
-        return "as it is"
-    return f"reshaped to {piece.shape}"
+    return "as it is" if steps == long else f"reshaped to {piece.shape}"

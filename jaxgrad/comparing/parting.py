@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,13 +13,15 @@ import numpy.typing as npt
 
 from jaxgrad.comparing.forward import Found, Pool
 from jaxgrad.comparing.hypotheses import Context, Hypothesis, hypotheses, rewrite
-from jaxgrad.comparing.torch_side import Rewrite, Run, array_of, name_of
+from jaxgrad.comparing.relations import related
+from jaxgrad.comparing.torch_side import Call, Rewrite, Run, array_of, name_of
 
 Array = npt.NDArray[Any]
 
 # So many causes are looked for, one after the other; so many calls are looked at for
 # each; and so many runs of PyTorch are made to test those whose result tells nothing.
 _ROUNDS = 12
+_PAIRS = 64
 _CALLS = 40
 _BLIND = 12
 
@@ -133,54 +137,117 @@ def explain(runs: Runs, run: Run, parting: Parting, context: Context) -> Explain
         assert done.parting is not None and done.run is not None
         if not done.parting.bad or not _one_more(runs, done, context):
             break
+    if not done.whole:
+        _swapped(runs, done, context)
     return done
+
+
+def _swapped(runs: Runs, done: Explained, context: Context) -> bool:
+    """Tries parameters in each other's place: of two modules alike, or of one module.
+
+    Where a call's own result tells nothing, since JAX has both, only used otherwise.
+    """
+    run = done.run
+    assert run is not None
+    for pairs in itertools.islice(exchanges(context.parameters), _PAIRS):
+        instead = {}
+        for one, two in pairs:
+            a, b = context.parameters[one], context.parameters[two]
+            instead |= {id(a): b, id(b): a}
+        names = {name for pair in pairs for name in pair}
+        hit = {r.number for r in run.records if names & set(r.parameters)}
+        trial = {**dict.fromkeys(hit, _substituted(instead)), **done.rewrites}
+        if hit & set(done.rewrites):
+            continue
+        again, after = runs(trial)
+        if not after.bad:
+            one, two = pairs[0]
+            both = f"`{one}` and `{two}`"
+            text = f"uses {both} where JAX has the other of the two"
+            if len(pairs) > 1:
+                text += f" (and so with {len(pairs) - 1} more of their modules')"
+            records = tuple(i for i, r in enumerate(run.records) if r.number in hit)
+            used = tuple(sorted(names))
+            done.reasons.append(Reason("swapped", text, records, used))
+            done.rewrites, done.run, done.parting = trial, again, after
+            return True
+    return False
+
+
+def exchanges(parameters: Mapping[str, Any]) -> Iterator[list[tuple[str, str]]]:
+    """Pairs of parameters that may have been exchanged, module by module first."""
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, p in parameters.items():
+        path, _, own = name.rpartition(".")
+        modules.setdefault(path, {})[own] = tuple(p.shape)
+    for one, two in itertools.combinations(modules, 2):
+        if modules[one] == modules[two]:
+            dots = ("." if one else "", "." if two else "")
+            yield [(one + dots[0] + k, two + dots[1] + k) for k in modules[one]]
+    for one, two in itertools.combinations(parameters, 2):
+        if parameters[one].shape == parameters[two].shape:
+            yield [(one, two)]
+
+
+def _substituted(instead: Mapping[int, Any]) -> Rewrite:
+    """The change of a call that is given other tensors."""
+
+    def other(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return type(x)(map(other, x))
+        return instead.get(id(x), x)
+
+    def change(func: Any, args: Any, kwargs: Any) -> Call:
+        return func, other(args), {k: other(v) for k, v in kwargs.items()}
+
+    return change
 
 
 def _one_more(runs: Runs, done: Explained, context: Context) -> bool:
     """Finds one more cause, if there is one."""
     run, parting = done.run, done.parting
     assert run is not None and parting is not None
-    blind = 0
+    blind: list[tuple[int, Hypothesis]] = []
     for own in parting.bad[:_CALLS]:
         record = run.records[own]
         if record.number in done.rewrites:
             continue
         call = run.calls[record.number]
-        place = [r.number for r in run.records[: own + 1]].count(record.number) - 1
-        for hypothesis in hypotheses(call, context):
+        tried = itertools.chain(
+            hypotheses(call, context), related(run, parting, own, runs.pool)
+        )
+        for hypothesis in tried:
             if hypothesis.blind:
-                blind += 1
-                if blind > _BLIND:
-                    continue
-            elif not _fits(runs, hypothesis, call, place, record.tensor is run.loss):
-                continue
-            if _accepted(runs, done, hypothesis, own, context):
+                blind.append((own, hypothesis))
+            elif _fits(runs, run, hypothesis, own) and _accepted(
+                runs, done, hypothesis, own, context
+            ):
                 return True
-    return False
+    return any(
+        _accepted(runs, done, hypothesis, own, context)
+        for own, hypothesis in blind[:_BLIND]
+    )
 
 
-def _fits(
-    runs: Runs, hypothesis: Hypothesis, call: Any, place: int, is_loss: bool
-) -> bool:
+def _fits(runs: Runs, run: Run, hypothesis: Hypothesis, own: int) -> bool:
     """Whether the changed call gives what stands among JAX's values."""
     import torch
 
+    record = run.records[own]
     try:
-        with torch.no_grad():
-            func, args, kwargs = hypothesis.change(call)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            func, args, kwargs = hypothesis.change(run.calls[record.number])
             out = func(*args, **kwargs)
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        return False  # shapes that don't fit: JAX can't do that either
+    except Exception:
+        return False  # shapes that don't fit, for instance: JAX can't do that either
     tensors = [out] if isinstance(out, torch.Tensor) else list(out)
     tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
-    if place >= len(tensors):
-        return False
-    if is_loss:
-        if tensors[place].dim():
-            return False
-        return apart(runs.loss, float(tensors[place])) <= runs.tolerance
-    array = array_of(tensors[place])
-    return runs.pool.find(array, runs.tolerance) is not None
+    if record.tensor is run.loss:
+        value = tensors[0]
+        return not value.dim() and apart(runs.loss, float(value)) <= runs.tolerance
+    # Of a recurrent layer the last state may stand in JAX, and not all of them.
+    return any(runs.pool.find(array_of(x), runs.tolerance) is not None for x in tensors)
 
 
 def _accepted(
@@ -190,11 +257,14 @@ def _accepted(
     run, parting = done.run, done.parting
     assert run is not None and parting is not None
     record = run.records[own]
-    change = rewrite(hypothesis.text, context)
+    change: Rewrite = rewrite(hypothesis.text, context)
+    if hypothesis.once:
+        change = lambda *call: hypothesis.change(call)  # noqa: E731
     alike = [
         number
         for number, call in run.calls.items()
         if number >= record.number
+        and not hypothesis.once
         and number not in done.rewrites
         and name_of(call[0]) == record.function
         and any(h.text == hypothesis.text for h in hypotheses(call, context))
@@ -204,9 +274,11 @@ def _accepted(
         trial = {**done.rewrites, **dict.fromkeys(numbers, change)}
         try:
             again, after = runs(trial)
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        except Exception:
             continue
         rank = _rank(again, after)
+        if hypothesis.blind and not _onward(run, parting, after, own):
+            continue
         if rank < _rank(run, parting) and (best is None or rank < best[0]):
             best = rank, numbers, trial, again, after
         if not after.bad:
@@ -221,6 +293,17 @@ def _accepted(
     )
     done.rewrites, done.run, done.parting = trial, again, after
     return True
+
+
+def _onward(run: Run, before: Parting, after: Parting, own: int) -> bool:
+    """Whether what is made of a record is found, too, since its call was changed."""
+    if not after.bad:
+        return True
+    return any(
+        before.found[i] is None and after.found[i] is not None
+        for i in range(own + 1, min(len(before.found), len(after.found)))
+        if own in run.records[i].inputs
+    )
 
 
 def _rank(run: Run, parting: Parting) -> tuple[int, float]:
@@ -262,7 +345,8 @@ def paddings_of(nodes: Sequence[Any]) -> list[tuple[tuple[int, int], ...]]:
         padding = eqn.params.get("padding")
         if eqn.primitive.name.startswith(("conv_general", "reduce_window")) and padding:
             pads = tuple((int(low), int(high)) for low, high in padding)
-            if eqn.primitive.name.startswith("reduce_window"):
-                pads = tuple(p for p in pads)
-            found.append(pads)
+            if eqn.primitive.name.startswith("conv"):
+                found.append(pads)
+            else:  # of all axes: batch and channels are the first, or first and last
+                found += [pads[1:-1], pads[2:]]
     return list(dict.fromkeys(found))

@@ -53,6 +53,11 @@ class Label(NamedTuple):
     rank: Rank
 
     @property
+    def text(self) -> str:
+        """The name with its marks."""
+        return " ".join((self.name, *self.marks))
+
+    @property
     def numbers(self) -> tuple[int, ...]:
         """The part's index, per axis that is cut."""
         return tuple(int(mark.split("/")[0]) for mark in self.marks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
@@ -117,9 +118,10 @@ def read_source(source: Any) -> Source:
 
 def _content(head: bytes) -> str | None:
     """What a file is, by its first bytes."""
-    if head.startswith((b"PK\x03\x04", b"\x80")):  # a zip, or a pickle
-        return "torch"
-    return "safetensors" if head[8:] == b"{" else None
+    if head[4:] == b"\0\0\0\0{":  # the header's length, and the header
+        return "safetensors"
+    zipped_or_pickled = head.startswith((b"PK\x03\x04", b"\x80"))
+    return "torch" if zipped_or_pickled else None
 
 
 def _torch_load(path: Path) -> Any:
@@ -131,12 +133,12 @@ def _torch_load(path: Path) -> Any:
             warnings.simplefilter("ignore")  # on the pickle's protocol
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        why = str(error)
-        if "GLOBAL" not in why and "global" not in why:
-            raise ValueError(f"{path} can't be read: {_brief(why)}") from error
+        named = re.search(r"GLOBAL `?([\w.]+)", str(error))
+        what = "a pickle of another kind than torch.save's, which could run code"
+        if named:
+            what = f"more than tensors: reading it would run code, `{named[1]}`"
         raise ValueError(
-            f"{path} holds more than tensors: reading it would run code that the file "
-            f"names ({_named(why)}), so it's refused, and nothing of it was run. Save "
+            f"{path} holds {what}; so it's refused, and nothing of it was run. Save "
             "the tensors alone: torch.save(module.state_dict(), path)."
         ) from error
     # A broken file ends in whatever the reader meets first.
@@ -149,15 +151,6 @@ def _torch_load(path: Path) -> Any:
         raise ValueError(
             f"{path} is broken or cut short: {_brief(str(error) or repr(error))}"
         ) from error
-
-
-def _named(why: str) -> str:
-    """The function that a refused pickle names, out of PyTorch's message."""
-    for before in ("Unsupported global: GLOBAL ", "GLOBAL "):
-        _, found, rest = why.partition(before)
-        if found:
-            return f"`{rest.split()[0].strip('`')}`"
-    return _brief(why)
 
 
 def _brief(text: str) -> str:

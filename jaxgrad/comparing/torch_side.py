@@ -85,12 +85,13 @@ def tensor_of(array: Array) -> Any:
 
 
 def array_of(tensor: Any) -> Array:
-    """A tensor's numbers on the host; a bfloat16's in float32."""
+    """A tensor's numbers on the host, in its own dtype."""
     import torch
 
     tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
+    if tensor.dtype == torch.bfloat16:  # which NumPy doesn't know by itself
+        bits = tensor.contiguous().view(torch.int16).numpy()
+        return np.asarray(bits.view(jax.numpy.bfloat16))
     return np.asarray(tensor.resolve_conj().resolve_neg().numpy())
 
 

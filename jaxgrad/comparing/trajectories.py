@@ -1,16 +1,15 @@
 """Do the optimizers of both sides move the parameters alike, and if not, why?
 
 Two runs, JAX's and PyTorch's, go side by side. Where they part, PyTorch's optimizer is
-run again with JAX's gradients, so that it answers for nothing but itself: if it then
-moves as JAX's does, the gradients differ, or rounding has grown.
+run again with JAX's gradients. If it then moves as JAX's does, the gradients differ, or
+rounding has grown; if not, the optimizers do.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,56 +17,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 
 from jaxgrad.causes import Cause
-from jaxgrad.comparing.optimizer_options import Who, named
-from jaxgrad.comparing.optimizers import find_optimizer_causes, misfit
-from jaxgrad.comparing.update_rules import Rule, Steps, rule_of
-from jaxgrad.pytrees import PyTree
-from jaxgrad.training import _rule as update_rule
+from jaxgrad.comparing.forcing import (
+    Tolerance,
+    force,
+    forced_causes,
+    tolerance_of,
+)
+from jaxgrad.comparing.running import (
+    LEARNING_RATE,
+    Array,
+    JaxSide,
+    JaxStep,
+    Mover,
+    TorchSide,
+    TorchStep,
+    jax_steps,
+    mover_of,
+    norm,
+    torch_begin,
+    torch_steps,
+)
 
-Array = npt.NDArray[Any]
-Arrays = dict[str, Array]
-
-LEARNING_RATE = 0.01
-"""That of the three optimizers that run where none is given."""
-
-
-class JaxSide(NamedTuple):
-    """A loss in JAX.
-
-    Attributes:
-      start: the trained leaves, by path.
-      value_and_grad: leaves to the loss and its gradients, by path.
-      unflatten: leaves to the pytree that an optimizer is given, with `None` for what
-        isn't trained.
-      flatten: the way back.
-      to_torch: leaves to PyTorch's parameters, by name. What it leaves out isn't
-        compared.
-      gradients_to_torch: the same for gradients.
-    """
-
-    start: Mapping[str, Array]
-    value_and_grad: Callable[[Arrays], tuple[Any, Mapping[str, Any]]]
-    unflatten: Callable[[dict[str, Any]], PyTree]
-    flatten: Callable[[PyTree], Mapping[str, Any]]
-    to_torch: Callable[[Arrays], Arrays]
-    gradients_to_torch: Callable[[Arrays], Arrays]
-
-
-class TorchSide(NamedTuple):
-    """A loss in PyTorch.
-
-    Attributes:
-      start: the values that the parameters begin with, by name.
-      parameters: the module's own, which are moved; the caller puts them back.
-      loss: the loss where they stand, a scalar with its graph; the same each time.
-    """
-
-    start: Mapping[str, Array]
-    parameters: Mapping[str, Any]
-    loss: Callable[[], Any]
+__all__ = ["JaxSide", "TorchSide", "Trajectory", "check_optimizers", "trajectories"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +83,7 @@ def trajectories(
     *,
     steps: int,
     optimizer: Any = None,
-    torch_optimizer: Callable[[list[Any]], Any] | None = None,
+    torch_optimizer: Any = None,
 ) -> Trajectory:
     """Runs both sides for some steps, and compares how the parameters move.
 
@@ -130,21 +103,20 @@ def trajectories(
     """
     check_optimizers(steps, optimizer, torch_optimizer)
     make: Callable[[list[Any]], Any]
-    if optimizer is None:
+    if torch_optimizer is None:
         import optax
         import torch
 
-        movers = {"jaxgrad.sgd_update": None, "optax": optax.sgd(LEARNING_RATE)}
-
+        sgd = optax.sgd(LEARNING_RATE)
+        movers = {"jaxgrad.sgd_update": mover_of(None), "optax": mover_of(sgd)}
         make = functools.partial(torch.optim.SGD, lr=LEARNING_RATE)
     else:
-        movers = {"optax": optimizer}
-        assert torch_optimizer is not None
-        make = torch_optimizer
-    double = all(np.dtype(leaf.dtype).itemsize > 4 for leaf in jax_side.start.values())
-    run = _Run(jax_side, torch_side, make, steps, _TOLERANCES[double])
-    with jax.enable_x64(True) if double else nullcontext():
-        return run.compare(movers)
+        movers, make = {"optax": mover_of(optimizer)}, torch_optimizer
+    dtypes = [np.asarray(leaf).dtype for leaf in jax_side.start.values()]
+    tolerance = tolerance_of(max(_epsilon(d) for d in dtypes))
+    wide = any(dtype == np.float64 for dtype in dtypes)
+    with jax.enable_x64(True) if wide else nullcontext():
+        return _compare(jax_side, torch_side, movers, make, steps, tolerance)
 
 
 def check_optimizers(steps: int, optimizer: Any, torch_optimizer: Any) -> None:
@@ -174,47 +146,8 @@ def check_optimizers(steps: int, optimizer: Any, torch_optimizer: Any) -> None:
         )
 
 
-class _Tolerance(NamedTuple):
-    """What rounding explains.
-
-    In float32 an optimizer's own arithmetic errs by up to 3e-5 of a movement: that is
-    half of what rounding does to the 1 - 0.999 of Adam's first step. In float64 a
-    learning rate that was rounded to float32 is off by 2e-8. Gradients err by about
-    1e-6 of their norm in float32, and a parameter's whose terms cancel by so much of
-    the whole gradient's.
-    """
-
-    epsilon: float
-    parted: float
-    """Of a step's movement, between two runs."""
-    fitted: float
-    """Of a step's movement, between two rules given the same gradients."""
-    gradient: float
-    """Of the gradient of a parameter."""
-    cancelled: float
-    """Of the whole gradient."""
-
-
-_TOLERANCES = {
-    True: _Tolerance(2.3e-16, 1e-6, 1e-7, 1e-6, 1e-12),
-    False: _Tolerance(1.2e-7, 1e-4, 1e-4, 1e-4, 1e-5),
-}
-# Entries of each parameter that are looked at to find a cause: optimizers treat each
-# entry alike, but for norms, which are taken of all.
-_ENTRIES = 1 << 17
-
-
-class _Step(NamedTuple):
-    """One step of JAX's: arrays by PyTorch's names, but for the leaves' gradients."""
-
-    loss: float
-    before: Arrays
-    gradients: Arrays
-    after: Arrays
-
-
-class _Parted(NamedTuple):
-    """How far two runs are from each other after a step, per parameter."""
+class _Apart(NamedTuple):
+    """How far two runs are apart after a step, per parameter, as shares."""
 
     since_start: dict[str, float]
     this_step: dict[str, float]
@@ -222,408 +155,171 @@ class _Parted(NamedTuple):
     """Rounding doesn't explain it."""
 
 
-class _Run(NamedTuple):
-    """The two sides, and how to move them."""
+class _Verdict(NamedTuple):
+    """Why two runs part: at which step, in which parameter, if that is known."""
 
-    jax: JaxSide
-    torch: TorchSide
-    make: Callable[[list[Any]], Any]
-    steps: int
-    tolerance: _Tolerance
+    step: int
+    name: str | None
+    causes: tuple[Cause, ...]
 
-    def compare(self, movers: Mapping[str, Any]) -> Trajectory:
-        optimizer = self.made()
-        runs = {name: self.jax_run(mover) for name, mover in movers.items()}
-        losses: dict[str, list[float]] = {name: [] for name in (*movers, "torch")}
-        parted: dict[str, list[_Parted]] = {name: [] for name in movers}
-        left_over: list[str] = []
-        finite = True
-        fresh = copy.deepcopy(optimizer.state_dict())
-        now = self.values()
-        for torch_step in self.torch_run(optimizer):
-            before, now = now, self.values()
-            losses["torch"].append(torch_step.loss)
-            left_over = left_over or torch_step.left_over
-            seen = _finite(torch_step.loss, now)
-            ends = [not seen]
-            for name, run in runs.items():
-                step = next(run)
-                losses[name].append(step.loss)
-                begin = self.torch.start
-                parted[name].append(self.parted(step, begin, before, now))
-                ends.append(_finite(step.loss, step.after) != seen)
-                finite = finite and seen and not ends[-1]
-            if any(ends):
-                break
-        made = len(losses["torch"])
-        told = {name: tuple(values) for name, values in losses.items()}
-        name, first = _first(parted)
-        if first is None:
-            last = parted[name][-1] if made else _Parted({}, {}, False)
-            worst = _worst(last.since_start)
-            error, step_error = _errors(last, worst)
-            return Trajectory(True, made, told, None, worst, error, step_error, ())
-        usable = made - (not finite)
-        verdict = self.why(movers[name], usable, optimizer, fresh, left_over)
-        if verdict is None and usable < made:
-            text = "After the last step only one side's numbers are finite."
-            verdict = made, None, (Cause("unknown", text),)
-        if verdict is None:
-            worst = _worst(parted[name][-1].since_start)
-            error, step_error = _errors(parted[name][-1], worst)
-            return Trajectory(True, made, told, None, worst, error, step_error, ())
-        step_made, worst, causes = verdict
-        there = parted[name][step_made - 1]
-        worst = worst or _worst(there.this_step)
-        error, step_error = _errors(there, worst)
-        return Trajectory(
-            False, made, told, step_made, worst, error, step_error, causes
-        )
 
-    def made(self) -> Any:
-        """PyTorch's optimizer, on the parameters where they begin."""
-        import torch
-
-        with torch.no_grad():
-            for name, parameter in self.torch.parameters.items():
-                parameter.copy_(torch.from_numpy(np.array(self.torch.start[name])))
-                parameter.grad = None
-        optimizer = self.make(list(self.torch.parameters.values()))
-        if not hasattr(optimizer, "param_groups"):
-            raise TypeError(
-                "torch_optimizer must return a torch.optim.Optimizer, and returned a "
-                f"{type(optimizer).__name__}."
+@np.errstate(over="ignore", invalid="ignore")  # a run may overflow
+def _compare(
+    jax_side: JaxSide,
+    torch_side: TorchSide,
+    movers: Mapping[str, Mover],
+    make: Callable[[list[Any]], Any],
+    steps: int,
+    tolerance: Tolerance,
+) -> Trajectory:
+    optimizer = torch_begin(torch_side, make)
+    fresh = copy.deepcopy(optimizer.state_dict())
+    runs = {name: jax_steps(jax_side, mover) for name, mover in movers.items()}
+    theirs = torch_steps(torch_side, optimizer)
+    losses: dict[str, list[float]] = {name: [] for name in (*movers, "torch")}
+    apart: dict[str, list[_Apart]] = {name: [] for name in movers}
+    seen = {name: _Seen(tolerance) for name in movers}
+    left_over: list[str] = []
+    usable = made = 0
+    for made in range(1, steps + 1):
+        step = next(theirs)
+        losses["torch"].append(step.loss)
+        left_over = left_over or step.left_over
+        finite = [_finite(step.loss, step.after)]
+        for name, run in runs.items():
+            ours = next(run)
+            losses[name].append(ours.loss)
+            seen[name].add(ours)
+            apart[name].append(
+                _apart(ours, step, torch_side.start, seen[name], tolerance)
             )
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
-        needs = closure is not None and closure.default is inspect.Parameter.empty
-        if needs or isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                f"{type(optimizer).__name__} evaluates the loss by itself, through a "
-                "closure: its steps can't be compared with those of a gradient."
-            )
-        return optimizer
-
-    def values(self) -> Arrays:
-        """PyTorch's parameters where they stand: copies."""
-        parameters = self.torch.parameters.items()
-        return {name: p.detach().cpu().numpy().copy() for name, p in parameters}
-
-    def gradients(self) -> dict[str, Array | None]:
-        """What stands in PyTorch's `grad`: copies."""
-        return {
-            name: None
-            if p.grad is None
-            else (p.grad.to_dense() if p.grad.is_sparse else p.grad).numpy().copy()
-            for name, p in self.torch.parameters.items()
-        }
-
-    def jax_run(self, optimizer: Any) -> Iterator[_Step]:
-        """JAX's steps; `None` is `jaxgrad.sgd_update`."""
-        side = self.jax
-        init, update = update_rule(None, optimizer)
-
-        def no_search(_: PyTree) -> Any:
-            raise ValueError(
-                "The optimizer evaluates the loss by itself (a line search): its steps "
-                "can't be compared with those of a gradient."
-            )
-
-        def step(params: PyTree, grads: PyTree, state: PyTree, value: Any) -> Any:
-            return update(params, grads, state, LEARNING_RATE, value, no_search)
-
-        params = side.unflatten({k: jnp.asarray(v) for k, v in side.start.items()})
-        state = init(params)
-        compiled: Any = jax.jit(step)
-        leaves = {path: np.asarray(v) for path, v in side.flatten(params).items()}
-        before = side.to_torch(leaves)
-        for _ in range(self.steps):
-            loss, found = side.value_and_grad(leaves)
-            gradients = {path: np.asarray(g) for path, g in found.items()}
-            grads = side.unflatten({k: jnp.asarray(g) for k, g in gradients.items()})
-            given = params, grads, state, jnp.asarray(loss)
-            try:
-                params, state = compiled(*given)
-            except jax.errors.JAXTypeError:  # it looks at values, as in `if step > 10`
-                compiled = step
-                params, state = compiled(*given)
-            leaves = {path: np.asarray(v) for path, v in side.flatten(params).items()}
-            after = side.to_torch(leaves)
-            yield _Step(float(loss), before, side.gradients_to_torch(gradients), after)
-            before = after
-
-    def torch_run(self, optimizer: Any) -> Iterator[_TorchStep]:
-        """PyTorch's steps, as a person writes them."""
-        for _ in range(self.steps):
-            optimizer.zero_grad()
-            held = {id(p) for g in optimizer.param_groups for p in g["params"]}
-            left_over = [
-                name
-                for name, p in self.torch.parameters.items()
-                if id(p) in held and p.grad is not None and bool((p.grad != 0).any())
-            ]
-            loss = self.torch.loss()
-            loss.backward()
-            optimizer.step()
-            yield _TorchStep(float(loss.detach()), left_over)
-
-    def parted(self, step: _Step, start: Any, before: Arrays, now: Arrays) -> _Parted:
-        """Compares where the two sides are, and how they came there."""
-        since, this, beyond = {}, {}, False
-        for name in step.after:
-            ours = step.after[name] - step.before[name]
-            theirs = now[name] - before[name]
-            off, size = _norm(ours - theirs), _norm(theirs)
-            stored = 4 * self.tolerance.epsilon * _norm(now[name])
-            this[name] = _share(off, size)
-            whole = now[name] - start[name]
-            # As a difference of movements: both sides began alike.
-            since[name] = _share(_norm(step.after[name] - now[name]), _norm(whole))
-            beyond |= not off <= self.tolerance.parted * size + stored
-        return _Parted(since, this, beyond)
-
-    def why(
-        self,
-        mover: Any,
-        steps: int,
-        optimizer: Any,
-        fresh: Any,
-        left_over: list[str],
-    ) -> tuple[int, str | None, tuple[Cause, ...]] | None:
-        """The step at which they part, the parameter, and the causes.
-
-        `None` if rounding explains it.
-        """
-        if not steps:
-            return None
-        again = self.made()
+            finite.append(_finite(ours.loss, ours.after))
+        if not all(finite):
+            break
+        usable = made
+    if made > usable and not any(finite):
+        made = usable  # both sides overflow at the same step
+    told = {name: tuple(values) for name, values in losses.items()}
+    name, first = _first(apart, made)
+    verdict = None
+    if first is not None and usable:
+        again = torch_begin(torch_side, make)
         if again is optimizer:
             again.load_state_dict(fresh)
-        forced = self._replace(steps=steps).forced(mover, again)
-        ours, theirs = forced.steps
-        tolerance = self.tolerance
-        differs = misfit_of(ours, theirs) > tolerance.parted / tolerance.fitted
-        differs |= ~np.isfinite(misfit_of(ours, theirs))
-        if differs.any():
-            step = int(np.flatnonzero(differs.any(1))[0])
-            shares = misfit_of(ours, theirs)[step]
-            worst = ours.names[int(np.argmax(shares))]
-            return step + 1, worst, _causes(forced, np.asarray(differs.any(0)))
-        if left_over:
-            name = f"PyTorch's {type(again).__name__}.zero_grad"
-            text = (
-                f"{name} leaves the gradients as they are (`{left_over[0]}`), so that "
-                "each step is given the sum of all so far; the optimizers agree, given "
-                "the same gradients."
-            )
-            return 2, None, (Cause("accumulated", text),)
-        if forced.gradients is not None:
-            step, worst, share = forced.gradients
-            when = "before the first step" if step == 1 else f"at step {step}"
-            why = "" if step == 1 else ", where the parameters are the same"
-            text = (
-                f"The gradients differ {when}{why} (that of `{worst}` by {share:.2g} "
-                "of its norm). The optimizers agree, given the same gradients."
-            )
-            return step, worst, (Cause("gradients", text),)
-        return None
-
-    def forced(self, mover: Any, optimizer: Any) -> _Forced:
-        """Runs PyTorch's optimizer with JAX's gradients."""
-        import torch
-
-        parameters = self.torch.parameters
-        names = {id(p): name for name, p in parameters.items()}
-        tolerance = self.tolerance
-        ours: list[_Step] = []
-        theirs: list[tuple[Arrays, Arrays]] = []
-        rates, norms = [], []
-        skipped: set[str] = set()
-        differ: tuple[int, str, float] | None = None
-        places: dict[str, Array] = {}
-        for count, step in enumerate(self.jax_run(mover), 1):
-            for p in parameters.values():
-                p.grad = None
-            self.torch.loss().backward()
-            own = self.gradients()
-            whole = float(np.sqrt(sum(_norm(g) ** 2 for g in step.gradients.values())))
-            for name, g in step.gradients.items():
-                if name not in step.after:
-                    continue
-                found = own[name]
-                off = _norm(g if found is None else g - found)
-                close = tolerance.gradient * _norm(g) + tolerance.cancelled * whole
-                share = _share(off, _norm(g))
-                first = differ is None or (differ[0] == count and differ[2] < share)
-                if first and not off <= close:
-                    differ = count, name, share
-                if found is None and not np.any(g):
-                    skipped.add(name)  # PyTorch's optimizers pass it over
-                else:
-                    given = torch.from_numpy(np.array(g))
-                    parameters[name].grad = given.to(parameters[name])
-            if not places:
-                places = _places(step)
-            norms.append(whole)
-            rates.append(
-                {
-                    names[id(p)]: float(group["lr"])
-                    for group in optimizer.param_groups
-                    for p in group["params"]
-                    if id(p) in names
-                }
-            )
-            before = self.values()
-            optimizer.step()
-            after = self.values()
-            ours.append(_Step(step.loss, *(_some(a, places) for a in step[1:])))
-            theirs.append((_some(before, places), _some(after, places)))
-        gradients = [step.gradients for step in ours]
-        made = [(step.before, step.after) for step in ours]
-        shapes = {name: np.ndim(self.torch.start[name]) for name in places}
-        both = tuple(
-            _steps(pairs, gradients, norms, shapes, tolerance)
-            for pairs in (made, theirs)
+        verdict = _why(
+            jax_side, torch_side, movers[name], again, usable, tolerance, left_over
         )
-        rule = rule_of(optimizer, names, rates, both[0])
-        lacking = {name for name in places if not any(name in rate for rate in rates)}
-        kind = type(optimizer).__name__
-        return _Forced((both[0], both[1]), rule, kind, lacking, skipped, differ)
-
-
-class _TorchStep(NamedTuple):
-    loss: float
-    left_over: list[str]
-    """Parameters whose gradient wasn't zeroed."""
-
-
-class _Forced(NamedTuple):
-    """What the two optimizers did, given the same gradients.
-
-    Attributes:
-      steps: JAX's, and PyTorch's.
-      rule: PyTorch's, as its options tell it.
-      kind: the name of its class.
-      lacking: parameters that PyTorch's optimizer doesn't have.
-      skipped: those that have no gradient in PyTorch, and zeros in JAX.
-      gradients: the first step at which the gradients differ, the parameter, and by
-        what share of its norm.
-    """
-
-    steps: tuple[Steps, Steps]
-    rule: Rule
-    kind: str
-    lacking: set[str]
-    skipped: set[str]
-    gradients: tuple[int, str, float] | None
-
-
-def misfit_of(ours: Steps, theirs: Steps) -> Array:
-    """(steps, parameters): how far two movements are apart, in units of rounding."""
-    return np.asarray(ours.norm(ours.moved - theirs.moved) / theirs.slack())
-
-
-def _causes(forced: _Forced, differs: Array) -> tuple[Cause, ...]:
-    ours, theirs = forced.steps
-    rule, causes = forced.rule, []
-    for names, kind, text in (
-        (forced.lacking, "missing_gradient", "isn't given {} to train; JAX's is"),
-        (
-            forced.skipped,
-            "weight_decay",
-            "passes over {}, which has no gradient (None) in PyTorch; JAX's is given "
-            "zeros, and decays or moves it all the same",
-        ),
-    ):
-        hit = np.array([name in names for name in ours.names])
-        if (hit & differs).any():
-            told = text.format(named(ours.names, hit & differs))
-            causes.append(Cause(kind, f"PyTorch's {forced.kind} {told}."))
-        entries = ours.spread(hit)
-        rule = rule._replace(held=np.where(entries, ~(hit & differs).any(), rule.held))
-    if (misfit(ours, rule) <= 1).all():
-        if causes:
-            return tuple(causes)
-        # JAX's does what PyTorch's options say, and PyTorch's doesn't.
-        who = Who(f"PyTorch's {forced.kind}", "what its options say, as JAX's does")
-        return find_optimizer_causes(rule, theirs, who)
-    return (*causes, *find_optimizer_causes(rule, ours))
-
-
-def _places(step: _Step) -> dict[str, Array]:
-    """Some entries of each parameter: of those with a gradient, and of all."""
-    most = max(16, _ENTRIES // (2 * max(1, len(step.after))))
-
-    def some(places: Array) -> Array:
-        return places[:: max(1, -(-len(places) // most))]
-
-    return {
-        name: np.union1d(
-            some(np.arange(after.size)), some(np.flatnonzero(step.gradients[name]))
-        )
-        for name, after in step.after.items()
-        if after.size
-    }
-
-
-def _some(arrays: Mapping[str, Array], places: Mapping[str, Array]) -> Arrays:
-    return {name: arrays[name].ravel()[place] for name, place in places.items()}
-
-
-def _steps(
-    made: Sequence[tuple[Arrays, Arrays]],
-    gradients: Sequence[Arrays],
-    norms: Sequence[float],
-    axes: Mapping[str, int],
-    tolerance: _Tolerance,
-) -> Steps:
-    names = tuple(axes)
-
-    def flat(arrays: Sequence[Arrays]) -> Array:
-        rows = [np.concatenate([row[name] for name in names]) for row in arrays]
-        return np.stack(rows).astype(np.float64)
-
-    before, after = (flat([pair[side] for pair in made]) for side in (0, 1))
-    sizes = [len(made[0][0][name]) for name in names]
-    return Steps(
-        names=names,
-        first=np.cumsum([0, *sizes[:-1]]),
-        before=before,
-        gradients=flat(gradients),
-        moved=after - before,
-        norms=np.array(norms),
-        noise=tolerance.fitted,
-        epsilon=tolerance.epsilon,
+    if verdict is None and made > usable:
+        text = "The numbers of only one side are finite after the last step."
+        verdict = _Verdict(made, None, (Cause("unknown", text),))
+    there = apart[name][(verdict.step if verdict else made) - 1] if made else None
+    errors = {} if there is None else there.this_step if verdict else there.since_start
+    worst = max(errors, key=lambda each: errors[each], default=None)
+    worst = verdict.name or worst if verdict else worst
+    return Trajectory(
+        ok=verdict is None,
+        steps=made,
+        losses=told,
+        first_step=verdict.step if verdict else None,
+        torch_name=worst,
+        error=there.since_start[worst] if there and worst else 0.0,
+        step_error=there.this_step[worst] if there and worst else 0.0,
+        causes=verdict.causes if verdict else (),
     )
 
 
-def _first(parted: Mapping[str, list[_Parted]]) -> tuple[str, int | None]:
+def _why(
+    jax_side: JaxSide,
+    torch_side: TorchSide,
+    mover: Mover,
+    optimizer: Any,
+    steps: int,
+    tolerance: Tolerance,
+    left_over: list[str],
+) -> _Verdict | None:
+    """Why the two sides part; `None` if rounding explains it."""
+    forced = force(jax_side, torch_side, mover, optimizer, steps, tolerance)
+    if forced.apart.any():
+        step = int(np.flatnonzero(forced.apart.any(1))[0])
+        ours, theirs = forced.ours, forced.theirs
+        off = ours.norm(ours.moved - theirs.moved)[step] / theirs.slack()[step]
+        worst = ours.names[int(np.argmax(off))]
+        return _Verdict(step + 1, worst, forced_causes(forced))
+    if left_over:
+        text = (
+            f"PyTorch's {forced.kind}.zero_grad leaves the gradients as they are (that "
+            f"of `{left_over[0]}`, for one), so that each step is given the sum of all "
+            "so far. The optimizers agree, given the same gradients."
+        )
+        return _Verdict(min(2, steps), None, (Cause("accumulated", text),))
+    if forced.gradients is not None:
+        step, name, share = forced.gradients
+        text = (
+            f"The gradients differ at step {step}, where the parameters are the same "
+            f"(that of `{name}` by {share:.2g} of its norm). The optimizers agree, "
+            "given the same gradients."
+        )
+        return _Verdict(step, name, (Cause("gradients", text),))
+    return None
+
+
+class _Seen:
+    """The entries whose gradient is more than noise, or is 0, in the steps so far."""
+
+    def __init__(self, tolerance: Tolerance):
+        self.share, self.norm = tolerance.cancelled, 0.0
+        self.most: dict[str, Array] = {}
+
+    def add(self, step: JaxStep) -> None:
+        self.norm = max(self.norm, step.norm)
+        for name, g in step.gradients.items():
+            self.most[name] = np.maximum(self.most.get(name, 0), np.abs(g))
+
+    def only(self, name: str, moved: Array) -> Array:
+        most = self.most[name]
+        return np.where((most > 0) & (most < self.share * self.norm), 0, moved)
+
+
+def _apart(
+    ours: JaxStep,
+    theirs: TorchStep,
+    start: Mapping[str, Array],
+    seen: _Seen,
+    tolerance: Tolerance,
+) -> _Apart:
+    since_start, this_step, beyond = {}, {}, False
+    for name, after in ours.after.items():
+        now, before = theirs.after[name], theirs.before[name]
+        moved = seen.only(name, now - before)
+        off = norm(seen.only(name, after - ours.before[name]) - moved)
+        since_start[name] = _share(
+            norm(seen.only(name, after - now)), norm(seen.only(name, now - start[name]))
+        )
+        this_step[name] = _share(off, norm(moved))
+        stored = 4 * tolerance.epsilon * norm(now)
+        beyond |= not off <= tolerance.parted * norm(moved) + stored
+    return _Apart(since_start, this_step, beyond)
+
+
+def _first(apart: Mapping[str, list[_Apart]], made: int) -> tuple[str, int | None]:
     """Which of JAX's runs parts first from PyTorch's, and at which step."""
     steps = {
-        name: next((i for i, p in enumerate(each, 1) if p.beyond), None)
-        for name, each in parted.items()
+        name: next((i for i, a in enumerate(each[:made], 1) if a.beyond), None)
+        for name, each in apart.items()
     }
     name = min(steps, key=lambda run: steps[run] or np.inf)
     return name, steps[name]
 
 
-def _worst(errors: Mapping[str, float]) -> str | None:
-    return max(errors, key=lambda name: errors[name], default=None)
-
-
-def _errors(parted: _Parted, name: str | None) -> tuple[float, float]:
-    if name is None:
-        return 0.0, 0.0
-    return parted.since_start[name], parted.this_step[name]
+def _epsilon(dtype: Any) -> float:
+    info: Any = jnp.finfo
+    return float(info(dtype).eps)
 
 
 def _finite(loss: float, arrays: Mapping[str, Array]) -> bool:
     return bool(np.isfinite(loss)) and all(
         np.isfinite(array).all() for array in arrays.values()
     )
-
-
-def _norm(array: Array) -> float:
-    return float(np.linalg.norm(np.asarray(array, np.float64).ravel()))
 
 
 def _share(off: float, size: float) -> float:

@@ -90,6 +90,7 @@ class Rule(NamedTuple):
       accumulated: each gradient is the sum of all so far: they are never zeroed.
       every: one movement in so many steps, by the mean of their gradients.
       clip_norm: the norm over all parameters that the gradient is clipped to.
+      clip_eps: what is added to that norm before dividing by it.
       clip_value: what each entry of the gradient is clipped to.
       groups: the options of each parameter, for a class that is run by PyTorch itself.
     """
@@ -117,27 +118,25 @@ class Rule(NamedTuple):
     accumulated: bool = False
     every: int = 1
     clip_norm: float = np.inf
+    clip_eps: float = 0.0
     clip_value: float = np.inf
     groups: tuple[Mapping[str, Any], ...] = ()
 
 
 def rule_of(
-    optimizer: Any, names: Mapping[int, str], rates: Sequence[Any], steps: Steps
+    optimizer: Any,
+    groups: Mapping[str, Mapping[str, Any]],
+    rates: Sequence[Mapping[str, float]],
+    steps: Steps,
 ) -> Rule:
     """The rule of a PyTorch optimizer, as its options tell it.
 
     Args:
       optimizer: the instance.
-      names: the parameters' names, by `id`.
+      groups: the options of the group that each parameter is in, by name.
       rates: per step, the learning rate of each parameter, by name.
       steps: says which entries the rule is for.
     """
-    groups = {
-        names[id(p)]: group
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if id(p) in names
-    }
     known = [cls.__name__ for cls in type(optimizer).__mro__]
     algorithm = next((name for name in known if name in _CLASSES), known[0])
     held = [name not in groups for name in steps.names]
@@ -191,6 +190,8 @@ def movements(rule: Rule, steps: Steps) -> Array:
     """(steps, entries): how far the rule moves each entry, from where it stands."""
     gradients, before = steps.gradients, steps.before
     lr = np.broadcast_to(rule.lr, gradients.shape)
+    if rule.every > steps.length:
+        return np.zeros_like(gradients)
     if rule.every > 1:
         count = steps.length // rule.every * rule.every
         due = slice(rule.every - 1, count, rule.every)
@@ -203,7 +204,7 @@ def movements(rule: Rule, steps: Steps) -> Array:
     if rule.accumulated:
         gradients = np.cumsum(gradients, axis=0)
     if rule.clip_norm < np.inf:
-        shares = rule.clip_norm / np.maximum(norms, rule.clip_norm)
+        shares = np.minimum(1, rule.clip_norm / (norms + rule.clip_eps))
         gradients = gradients * shares[:, None]
     if rule.clip_value < np.inf:
         gradients = np.clip(gradients, -rule.clip_value, rule.clip_value)
@@ -302,6 +303,9 @@ _DIRECTIONS: dict[str, Callable[[Rule, Array], Array]] = {
     "Adagrad": _adagrad,
     "Lion": _lion,
 }
+
+WRITTEN = frozenset(_DIRECTIONS)
+"""The algorithms that are predicted here, and not by PyTorch itself."""
 
 
 def _by_torch(rule: Rule, gradients: Array, lr: Array, steps: Steps) -> Array:

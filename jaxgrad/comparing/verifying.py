@@ -128,16 +128,18 @@ def settle(
         best = min(seen, key=lambda c: (abs(seen[c] - wanted), c), default=())
         tried = "no layout" if every else f"none of {len(seen)} layouts that were tried"
         hint = "" if every else " Say some by mapping={...}, so that fewer remain."
+        nearest = f"{seen.get(best, math.nan):.8g}{describe(best)}"
         raise ValueError(
-            f"PyTorch's loss is {wanted:.8g}, and {tried} reproduces it; the nearest is "
-            f"{seen.get(best, math.nan):.8g}{describe(best)}. Do both losses compute "
+            f"PyTorch's loss is {wanted:.8g}, and {tried} reproduces it; the "
+            f"nearest is {nearest}. Do both losses compute "
             f"the same, at the same mode (module.eval()) and args?{hint}"
         )
     first = found[0]
-    open_leaves = {i for c in found for i, (x, y) in enumerate(zip(c, first)) if x != y}
+    places = range(len(names))
+    open_leaves = {i for i in places if any(c[i] != first[i] for c in found)}
     if not every:
         for i, count in enumerate(counts):
-            others = (first[:i] + (k,) + first[i + 1 :] for k in range(count))
+            others = ((*first[:i], k, *first[i + 1 :]) for k in range(count))
             if any(other != first and fits(other) for other in others):
                 open_leaves.add(i)
     return first, sorted(open_leaves)

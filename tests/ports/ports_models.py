@@ -363,6 +363,12 @@ PORTS: tuple[Port, ...] = (
         "missing_gradient",
         ("0.weight", "[0].w"),
     ),
+    Port(
+        "bf16_as_float32-relu_for_gelu",
+        partial(float32_copy, "relu"),
+        "activation",
+        ("1",),
+    ),
     Port("float32_as_bf16", bf16_copy),
     Port("float32_as_bf16-sum", partial(bf16_copy, "sum"), "reduction"),
     Port(
@@ -370,5 +376,11 @@ PORTS: tuple[Port, ...] = (
         partial(bf16_copy, "layers"),
         "swapped",
         ("0", "0.weight", "2.weight", "[0].w", "[1].w"),
+    ),
+    Port(
+        "float32_as_bf16-relu_for_gelu",
+        partial(bf16_copy, "relu"),
+        "activation",
+        ("1",),
     ),
 )
