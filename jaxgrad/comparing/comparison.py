@@ -156,12 +156,14 @@ class Comparison:
         if both.wide:
             tolerance = float(np.clip(_SHARE * most, SAME, _PARTED))
         pool = Pool(both.values.made())
-        runs = Runs(both.model.run, pool, both.values.loss, tolerance)
+        runs = Runs(
+            both.model.run, pool, both.values.loss, tolerance, closely=both.wide
+        )
         nothing = Explained(parting=runs.parting(both.run), run=both.run)
         blames: list[Blame] = []
         explained = nothing
         if wrong or (both.wide and grey):
-            explained = explain(runs, both.run, nothing.parting, self._context())
+            explained = explain(runs, both.run, nothing.parting, self._context(pool))
             if wrong:
                 blames = self._gradient_causes(both, explained, judge)
             elif not explained.whole:
@@ -182,9 +184,9 @@ class Comparison:
             return both
         return replace(both, values=both.traced(list(given.values())))
 
-    def _context(self) -> Context:
+    def _context(self, pool: Pool) -> Context:
         return Context(
-            self.side.literals(),
+            list(dict.fromkeys([*self.side.literals(), *pool.scalars()])),
             paddings_of(self.side.equations()),
             dict(self.model.module.named_parameters()),
         )

@@ -128,6 +128,7 @@ class Sample(NamedTuple):
       rare: their values.
       plain: whether equality tells nothing: only a few round numbers.
       constant: whether all values are the same.
+      distinct: whether hardly any value repeats, so that each tells where it is from.
     """
 
     places: npt.NDArray[np.int64]
@@ -136,6 +137,7 @@ class Sample(NamedTuple):
     rare: Array
     plain: bool
     constant: bool
+    distinct: bool
 
 
 def sample(block: Array) -> Sample:
@@ -154,7 +156,8 @@ def sample(block: Array) -> Sample:
         _is_round(x, precision(block.dtype)) for x in distinct
     )
     constant = len(distinct) <= 1
-    return Sample(places, values, rare_places, rare, plain, constant)
+    once = len(more) > SAMPLE and len(distinct) >= 0.9 * len(np.unique(more))
+    return Sample(places, values, rare_places, rare, plain, constant, once)
 
 
 def _taken(block: Array, places: npt.NDArray[np.int64]) -> Array:

@@ -114,6 +114,12 @@ class Pool:
                 best = Found(index, error, layout)
         return best
 
+    def scalars(self) -> list[float]:
+        """The single numbers that don't depend on the parameters: constants, mostly."""
+        found = [i for i in self._sized.get(1, []) if not self.made[i].moves]
+        values = [float(self.array(i).reshape(())) for i in found]
+        return [float(f"{x:.12g}") for x in values if np.isfinite(x)]
+
     def multiple(self, tensor: Array, tolerance: float) -> float | None:
         """The factor by which some value is a multiple of a tensor, if one is."""
         _, sketches = self._sketched(tensor.size)

@@ -601,8 +601,24 @@ def _attention(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]
         if not math.isclose(scale, o.get("scale") or width**-0.5, rel_tol=1e-5):
             text = f"scales its scores by {o.get('scale') or width**-0.5:g}, JAX {said}"
             yield Hypothesis("factor", text, _with(scale=scale))
-    text = "takes the query as the query, JAX the key"
-    yield Hypothesis("swapped", text, _with(query=o["key"], key=o["query"]))
+    for axis, said in ((-2, "the queries"), (-3, "the heads")):
+
+        def over(o: dict[str, Any], axis: int = axis) -> Any:
+            import torch
+
+            q, k, v = o["query"], o["key"], o["value"]
+            scores = q @ k.transpose(-1, -2) * (o.get("scale") or width**-0.5)
+            mask = o.get("attn_mask")
+            if o.get("is_causal"):
+                mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+            if mask is not None and mask.dtype == torch.bool:
+                scores = scores.masked_fill(~mask, -math.inf)
+            elif mask is not None:
+                scores = scores + mask
+            return scores.softmax(axis) @ v
+
+        text = f"takes the softmax over the keys, JAX over {said}"
+        yield Hypothesis("softmax_axis", text, _instead(over))
 
 
 def _scales(width: int, c: Context) -> Iterator[tuple[str, float]]:
@@ -648,16 +664,16 @@ def _multi_head(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis
         factor = scale * width**0.5
         if not math.isclose(factor, 1, rel_tol=1e-5):
             text = f"scales its scores by {width**-0.5:g}, JAX {said}"
-            by = lambda o, f=factor: multi_head(o, scale=f)  # noqa: E731
+            by = lambda o, f=factor: (multi_head(o, scale=f), None)  # noqa: E731
             yield Hypothesis("factor", text, _instead(by))
     axes = ("the keys", "the queries", "the heads", "the batch")
     for axis, said in zip((-1, -2, -3, -4), axes, strict=True):
         if axis != -1:
             text = f"takes the softmax over {axes[0]}, JAX over {said}"
-            over = lambda o, a=axis: multi_head(o, axis=a)  # noqa: E731
+            over = lambda o, a=axis: (multi_head(o, axis=a), None)  # noqa: E731
             yield Hypothesis("softmax_axis", text, _instead(over))
     text = "has the numbers of each head together, JAX in turns"
-    turns = lambda o: multi_head(o, turns=True)  # noqa: E731
+    turns = lambda o: (multi_head(o, turns=True), None)  # noqa: E731
     yield Hypothesis("permuted", text, _instead(turns))
     heads = o["num_heads"]
     for other in range(1, 2 * heads + 1):
@@ -927,22 +943,68 @@ def _mask(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
 
 
 def _recurrent(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
-    """An LSTM or a GRU, which PyTorch computes in one call: its gates' order."""
-    gates = 4 if name == "lstm" else 3
+    """An LSTM or a GRU, which PyTorch computes in one call."""
+    import torch
+
     letters = "ifgo" if name == "lstm" else "rzn"
+    gates = len(letters)
     weights = o["params"]
     for order in _permutations(gates):
         new = "".join(letters[i] for i in order)
         text = f"has its gates in the order {letters}, JAX as {new}"
         changed = [_rows(w, order) for w in weights]
         yield Hypothesis("permuted", text, _with(params=changed))
-    biases = [w.dim() == 1 for w in weights]
-    for which, said in (((0, 1), "its biases"), ((0,), "bias_ih"), ((1,), "bias_hh")):
-        places = [i for i, b in enumerate(biases) if b]
-        if places:
-            hit = {p for k, p in enumerate(places) if k % 2 in which}
-            left = [w * 0 if i in hit else w for i, w in enumerate(weights)]
+    matrices = [i for i, w in enumerate(weights) if w.dim() == 2]
+    biases = [i for i, w in enumerate(weights) if w.dim() == 1]
+    both = (0, 1), "bias_ih and bias_hh"
+    for which, said in (both, ((0,), "bias_ih"), ((1,), "bias_hh")):
+        hit = {p for k, p in enumerate(biases) if k % 2 in which}
+        left = [w * 0 if i in hit else w for i, w in enumerate(weights)]
+        if biases:
             yield Hypothesis("bias", f"adds {said}, JAX doesn't", _with(params=left))
+    if name == "gru" and biases:
+        # b_hn stands inside of the product with the reset gate: moved out to b_in.
+        moved = list(weights)
+        for one, two in zip(biases[::2], biases[1::2], strict=True):
+            mask = torch.zeros(3, 1, dtype=weights[one].dtype)
+            mask[2] = 1
+            mask = mask.expand(3, len(weights[one]) // 3).reshape(-1)
+            moved[one] = weights[one] + mask * weights[two]
+            moved[two] = weights[two] * (1 - mask)
+        text = "multiplies b_hn by the reset gate, JAX adds it after that"
+        yield Hypothesis("bias", text, _with(params=moved))
+    for one, two in itertools.combinations(range(len(weights)), 2):
+        if weights[one].shape == weights[two].shape:
+            swapped = list(weights)
+            swapped[one], swapped[two] = weights[two], weights[one]
+            mine, other = (
+                _own_name({"w": weights[i]}, "w", c) for i in (one, two)
+            )
+            text = f"uses `{mine}` where JAX has `{other}`, and the reverse"
+            yield Hypothesis("swapped", text, _with(params=swapped))
+    per_layer = len(weights) // max(1, o["num_layers"])
+    for one, two in itertools.combinations(range(o["num_layers"]), 2):
+        order = list(range(len(weights)))
+        for k in range(per_layer):
+            a, b = one * per_layer + k, two * per_layer + k
+            order[a], order[b] = b, a
+        layered = [weights[i] for i in order]
+        if [w.shape for w in layered] == [w.shape for w in weights]:
+            text = f"has the layers {one} and {two} in order, JAX exchanged"
+            yield Hypothesis("swapped", text, _with(params=layered))
+    for place in matrices:
+        blocks = weights[place].chunk(gates)
+        if blocks[0].shape[0] != blocks[0].shape[1]:
+            continue
+        for chosen in [*([i] for i in range(gates)), list(range(gates))]:
+            turned = list(weights)
+            turned[place] = torch.cat(
+                [b.T if i in chosen else b for i, b in enumerate(blocks)]
+            )
+            which = "".join(letters[i] for i in chosen)
+            own = _own_name({"w": weights[place]}, "w", c)
+            text = f"multiplies by `{own}`, JAX by the transpose of its gates {which}"
+            yield Hypothesis("transposed", text, _with(params=turned))
     if o.get("train") and o.get("dropout"):
         text = f"drops with p={o['dropout']:g} (it's in train mode), JAX doesn't"
         yield Hypothesis("train_mode", text, _with(train=False))

@@ -25,6 +25,8 @@ Array = npt.NDArray[Any]
 _TINY = 2
 # Values that correlate so much, in so many entries, are the same ones in this order.
 _ALIKE, _FEW = 0.9, 16
+# A stack has no more layers than these.
+_DEEP = 256
 # So many entries of a sample rule out most units.
 _SCREEN = 24
 # In a module with more equal shapes than these, no sums are tried.
@@ -90,8 +92,9 @@ class Search(Record):
         paths = dict.fromkeys(block.path for block in todo)
         todo = self.rest(self.block(path) for path in paths)
         for block in todo:
-            units = self.units({block.size}, names, parts=False)
-            self._settle([block], self._fits([block], units, thorough=True))
+            if not self.sample(block).distinct:
+                units = self.units({block.size}, names, parts=False)
+                self._settle([block], self._fits([block], units, thorough=True))
         return self.rest(todo)
 
     def _plain(self, todo: list[Block]) -> None:
@@ -116,13 +119,17 @@ class Search(Record):
         """Cuts leaves and parameters in equal parts, and tries those."""
         for block in todo:
             plain = self.sample(block).plain
-            # Whole parameters first, in few parts.
-            ways = list(cuttings(block))
-            for parts, blocks in [
-                *((False, way) for way in ways),
-                (True, [block]),
-                *((True, way) for way in ways),
-            ]:
+            # Whole parameters first, in few parts. Where values tell, the lookup will
+            # find what is cut otherwise than into layers, or out of a fused parameter.
+            if self.sample(block).distinct:
+                ways = [layers_of(block)] if block.shape and block.shape[0] > 1 else []
+                every = [(False, way) for way in ways if len(way) <= _DEEP]
+                every += [(True, [block])]
+            else:
+                ways = list(cuttings(block))
+                every = [(False, way) for way in ways] + [(True, [block])]
+                every += [(True, way) for way in ways]
+            for parts, blocks in every:
                 units = self.units({blocks[0].size}, names, parts)
                 if plain:
                     units = [u for u in units if self.free(u)]
@@ -156,13 +163,12 @@ class Search(Record):
 
     def _leftovers(self, todo: list[Block], tiny: bool = False) -> None:
         """Pairs what is left by closeness, shape and name: their values differ."""
-        for close in (True, False):
+        names = [(name,) for name in self.parameters]
+        for parts, close in itertools.product((False, True), (True, False)):
             todo = list(dict.fromkeys(self.rest(todo)))
             for size in sorted({block.size for block in todo}, reverse=True):
                 blocks = [block for block in todo if block.size == size]
-                names = [(name,) for name in self.parameters]
-                units = self.units([size], names, parts=True)
-                units = [u for u in units if self.free(u)]
+                units = [u for u in self.units([size], names, parts) if self.free(u)]
                 if units and close:
                     self._pair_close(blocks, units)
                 elif units:
