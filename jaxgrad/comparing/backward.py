@@ -111,7 +111,7 @@ class Search:
         places: dict[Place, list[int]] = {}
         for number, place in self.both.run.cuts.items():
             places.setdefault(place, []).append(number)
-        for numbers, text in _one_by_one(places, "detach or no_grad"):
+        for numbers, text in _one_by_one(places, "detach, no_grad or padding_idx"):
             trial = {**self.rewrites, **dict.fromkeys(numbers, uncut)}
             try:
                 run = self.both.model.run(trial)
@@ -130,11 +130,11 @@ class Search:
 
     def _stops(self) -> None:
         """Lets gradients through JAX's `stop_gradient`."""
-        places: dict[Place, list[int]] = {}
-        for number, place in self.both.traced.stops():
-            places.setdefault(place, []).append(number)
-        for numbers, text in _one_by_one(places, "stop_gradient"):
-            ours = self.both.traced.through(numbers)().gradients
+        places: dict[Place, list[Place]] = {}
+        for place in self.both.traced.stops():
+            places[place] = [place]
+        for stops, text in _one_by_one(places, "stop_gradient"):
+            ours = self.both.traced.through(stops)().gradients
             said = (
                 f"JAX stops the gradient{text}, and PyTorch doesn't: with the gradient "
                 "let through there, the two agree."
@@ -197,8 +197,8 @@ class Search:
 
 
 def _one_by_one(
-    places: Mapping[Place, Sequence[int]], what: str
-) -> Iterator[tuple[list[int], str]]:
+    places: Mapping[Place, Sequence[Any]], what: str
+) -> Iterator[tuple[list[Any], str]]:
     """Each line's places alone, then all of them together."""
     for place, numbers in list(places.items())[:_TRIES]:
         where = f" at {line_text(place)}" if place.line else ""

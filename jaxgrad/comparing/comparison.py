@@ -198,7 +198,7 @@ class Comparison:
         if explained.rewrites:
             assert explained.run is not None
             theirs = both.model.gradients(explained.run)
-        counts = telling.counts_of(self.model.args)
+        counts = telling.counts_of(both.run)
         search = Search(
             both, self._links, explained.rewrites, theirs, judge.wrong, counts
         )

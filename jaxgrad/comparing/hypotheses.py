@@ -25,6 +25,7 @@ class Hypothesis(NamedTuple):
       change: makes the changed call of the call.
       blind: its result may stand in JAX for another reason: only a whole run tells.
       once: it holds for this call alone, and `change` makes it anew in another run.
+      at: the record that it's about, if that isn't the call's own.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Hypothesis(NamedTuple):
     change: Callable[[Call], Call]
     blind: bool = False
     once: bool = False
+    at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,7 @@ _EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 1e-7, 1e-4, 0.0)
 def rewrite(text: str, context: Context) -> Rewrite:
     """Changes a call as the hypothesis of that text says; others are left alone."""
 
-    def change(func: Any, args: Any, kwargs: Any) -> Call:
-        call = func, args, kwargs
+    def change(call: Call) -> Call:
         for hypothesis in hypotheses(call, context):
             if hypothesis.text == text:
                 return hypothesis.change(call)
@@ -659,6 +660,8 @@ def _multi_head(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis
     if o["out_proj_bias"] is not None:
         text = "adds out_proj.bias, JAX doesn't"
         yield Hypothesis("bias", text, _with(out_proj_bias=None))
+        text = "adds biases, JAX none"
+        yield Hypothesis("bias", text, _with(in_proj_bias=None, out_proj_bias=None))
     width = o["embed_dim_to_check"] // o["num_heads"]
     for said, scale in _scales(width, c):
         factor = scale * width**0.5
@@ -699,6 +702,18 @@ def _in_projection(o: dict[str, Any]) -> Iterator[Hypothesis]:
             changed = {**changed, "in_proj_bias": _rows(bias, order)}
             text = f"has weights and biases in_proj in the order qkv, JAX as {new}"
             yield Hypothesis("swapped", text, _with(**changed))
+    heads = o["num_heads"]
+    for shape, said in (((heads, -1), "(size, heads)"), ((-1, heads), "(heads, size)")):
+        # Rows that are taken for what they aren't, as they are loaded.
+        turned = [b.unflatten(0, shape).transpose(0, 1).flatten(0, 1)
+                  for b in weight.chunk(3)]  # fmt: skip
+        text = f"has the rows of in_proj head by head, JAX as {said}"
+        yield Hypothesis("permuted", text, _with(in_proj_weight=torch.cat(turned)))
+        if bias is not None:
+            parts = [b.unflatten(0, shape).transpose(0, 1).flatten(0, 1)
+                     for b in bias.chunk(3)]  # fmt: skip
+            both = _with(in_proj_weight=torch.cat(turned), in_proj_bias=torch.cat(parts))
+            yield Hypothesis("permuted", f"{text}, and its bias", both)
     some = [p for p in itertools.product((False, True), repeat=3) if any(p)]
     for chosen in some:
         which = ", ".join(r for r, yes in zip(rows, chosen, strict=True) if yes)
@@ -833,6 +848,7 @@ def _cross_entropy(o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
     functional = torch.nn.functional
     x = o["input"]
     axis = 1 if x.dim() > 1 else 0
+    classes = x.shape[axis]
 
     def with_logs(logs: Callable[[Any], Any]) -> Callable[[Call], Call]:
         # The log softmax of logarithms that sum to 1 is what they are; of others, what
@@ -854,12 +870,24 @@ def _cross_entropy(o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
             text = f"takes the softmax over axis {axis}, JAX over axis {dim}"
             change = with_logs(lambda x, d=dim: x.log_softmax(d))
             yield Hypothesis("softmax_axis", text, change)
+    count = len(x) if x.dim() == 2 else 0
+    for outer in (n for n in range(2, count) if count % n == 0):
+        # Rows of several examples, which JAX has as an axis of its own.
+        for dim in (0, 1):
+
+            def apart(x: Any, outer: int = outer, dim: int = dim) -> Any:
+                return x.unflatten(0, (outer, -1)).log_softmax(dim).flatten(0, 1)
+
+            text = (
+                f"takes the softmax over the {classes} classes, JAX over axis {dim} of "
+                f"({outer}, {count // outer}, {classes})"
+            )
+            yield Hypothesis("softmax_axis", text, with_logs(apart))
     text = "takes the softmax of the logits, JAX of their softmax"
     twice = with_logs(lambda x: x.softmax(axis).log_softmax(axis))
     yield Hypothesis("activation", text, twice)
     text = "takes the softmax of its input, JAX takes it for logarithms already"
     yield Hypothesis("activation", text, with_logs(lambda x: x))
-    classes = x.shape[axis]
     smooth = o["label_smoothing"] * classes / (classes - 1) if classes > 1 else 0
     if 0 < smooth < 1:
         text = "smooths over all classes, JAX over the others only"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jaxgrad.equations import (
     evaluate,
     flow,
     graph_of,
+    run,
     source_of,
     still,
     wider,
@@ -89,7 +91,7 @@ class Traced:
         names: Sequence[str],
         *,
         wide: bool,
-        through: frozenset[int] = frozenset(),
+        through: frozenset[Place] = frozenset(),
     ) -> None:
         count = len(names)
         self.graph: Graph = _without(graph_of(closed), through)
@@ -107,7 +109,7 @@ class Traced:
         )
         self.clean = wide and not narrow
 
-        def run(operands: Sequence[Any]) -> Any:
+        def evaluated(operands: Sequence[Any]) -> Any:
             one = jnp.ones(aval.shape, aval.dtype)
             made, cotangents = flow(self.graph, operands, range(count), {0: one}, ())
             result = self.graph.results[0]
@@ -118,11 +120,11 @@ class Traced:
                 [made[v] for v in self._kept],
             )
 
-        function: Callable[[Sequence[Any]], Any] = run
+        function: Callable[[Sequence[Any]], Any] = evaluated
         if narrow:
             shapes = [jax.typeof(x) for x in _narrowed(closed, operands)]
-            equations = jax.make_jaxpr(run)(shapes)
-            tree = jax.tree.structure(jax.eval_shape(run, shapes))
+            equations = jax.make_jaxpr(evaluated)(shapes)
+            tree = jax.tree.structure(jax.eval_shape(evaluated, shapes))
 
             def walk(operands: Sequence[Any]) -> Any:
                 values = [
@@ -152,19 +154,15 @@ class Traced:
             lambda: self._in_order(operands, arrays),
         )
 
-    def stops(self) -> list[tuple[int, Place]]:
-        """The `stop_gradient`s on the user's own lines, and where they stand."""
-        return [
-            (number, source_of(*node.lines))
-            for number, node in enumerate(self.graph.nodes)
-            if node.name == "stop_gradient"
-        ]
+    def stops(self) -> list[Place]:
+        """The lines that have a `stop_gradient`, in the order of the equations."""
+        return list(dict.fromkeys(_stops(self.graph)))
 
-    def through(self, numbers: Sequence[int]) -> Traced:
-        """The same loss, with some of its `stop_gradient`s left out."""
+    def through(self, places: Sequence[Place]) -> Traced:
+        """The same loss, with the `stop_gradient`s of some lines left out."""
         return Traced(
             self._closed, self._operands, self._names,
-            wide=self.wide, through=frozenset(numbers),
+            wide=self.wide, through=frozenset(places),
         )  # fmt: skip
 
     def _in_order(self, operands: Sequence[Any], arrays: dict[int, Any]) -> list[Made]:
@@ -198,18 +196,40 @@ def _made(frame: Frame, moving: set[int] | None, kept: Sequence[int]) -> Any:
                 yield from _made(inner, None, inexact)
 
 
-def _without(graph: Graph, numbers: frozenset[int]) -> Graph:
-    """A graph in which some nodes of one input do nothing."""
+def _stops(graph: Graph) -> Iterator[Place]:
+    for node in graph.nodes:
+        if node.name == "stop_gradient":
+            yield source_of(*node.lines)
+        elif node.name == "scan":
+            inner = graph_of(node.eqn.params["jaxpr"], (*node.callers, node.eqn))
+            yield from _stops(inner)
+
+
+def _without(graph: Graph, places: frozenset[Place]) -> Graph:
+    """A graph without the `stop_gradient`s of some lines, in its scans neither."""
+    if not places:
+        return graph
     same: dict[int, int] = {}
     nodes = []
-    for number, node in enumerate(graph.nodes):
+    for node in graph.nodes:
         operands = tuple(same.get(v, v) for v in node.operands)
-        if number in numbers:
+        if node.name == "stop_gradient" and source_of(*node.lines) in places:
             same[node.outputs[0]] = operands[0]
-        else:
-            nodes.append(node._replace(operands=operands))
+            continue
+        eqn = node.eqn
+        if node.name == "scan":
+            closed = eqn.params["jaxpr"]
+            inner = _without(graph_of(closed, (*node.callers, eqn)), places)
+            body = jax.make_jaxpr(partial(_results, inner))(*closed.in_avals)
+            eqn = eqn.replace(params={**eqn.params, "jaxpr": body})
+        nodes.append(node._replace(eqn=eqn, operands=operands))
     results = tuple(same.get(v, v) for v in graph.results)
     return replace(graph, nodes=tuple(nodes), results=results)
+
+
+def _results(graph: Graph, *operands: Any) -> list[Any]:
+    values = run(graph, operands)
+    return [values[v] for v in graph.results]
 
 
 def _worth_keeping(graph: Graph, count: int, inputs: int) -> list[int]:

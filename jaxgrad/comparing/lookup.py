@@ -25,7 +25,11 @@ _MANY = 4
 # Lines through so many entries of a block are looked up.
 _LINES = 3
 # A leaf is cut in no more single layers than this.
-_LAYERS = 1024
+_LAYERS = 256
+# So many steps between neighbours aren't equal by chance.
+_REGULAR = 3
+# In fewer numbers than these, hardly any is found by chance.
+_CHANCE = 1_000_000
 
 
 class Line(NamedTuple):
@@ -181,6 +185,10 @@ def _found(block: Block, lines: list[Line], arrays: Mapping[Names, Array]) -> Fo
             offsets[name] = along
     if offsets or repeated:
         return Found(offsets, None if offsets else repeated)
+    # By chance, places are found too, but not in a regular order.
+    few = sum(map(len, arrays.values())) < _CHANCE
+    if not few and max(map(_regular, lines), default=0) < _REGULAR:
+        return Found({}, None)
     # The axis that is cut into the fewest blocks, if it's cut.
     best: tuple[int, tuple[int, ...]] | None = None
     for line in lines:
@@ -199,6 +207,16 @@ def _covered(block: Block, line: Line, name: Names) -> bool:
         return False
     at = np.flatnonzero(has)
     return bool(at[0] <= 2 and at[-1] >= len(has) - 3)
+
+
+def _regular(line: Line) -> int:
+    """How many neighbours on the line are as far apart in one parameter, at most."""
+    most = [0]
+    for places in line.places.values():
+        known = _sure(places)
+        apart = np.diff(known)[(known[1:] >= 0) & (known[:-1] >= 0)]
+        most.append(int(np.unique(apart, return_counts=True)[1].max(initial=0)))
+    return max(most)
 
 
 def _cuts(block: Block, line: Line) -> tuple[int, ...]:

@@ -23,6 +23,8 @@ Array = npt.NDArray[Any]
 _ROUNDS = 12
 _CLOSELY = 1e-7
 _PAIRS = 64
+# How many calls that use a changed one's result are made again, to find it in JAX.
+_AHEAD = 4
 _CALLS = 40
 _BLIND = 12
 
@@ -161,7 +163,8 @@ def _swapped(runs: Runs, done: Explained, context: Context) -> bool:
             instead |= {id(a): b, id(b): a}
         names = {name for pair in pairs for name in pair}
         hit = {r.number for r in run.records if names & set(r.parameters)}
-        trial = {**dict.fromkeys(hit, _substituted(instead)), **done.rewrites}
+        change = _substituted(instead)
+        trial = {**dict.fromkeys(hit, change), **done.rewrites}
         if hit & set(done.rewrites):
             continue
         again, after = runs(trial)
@@ -194,7 +197,7 @@ def exchanges(parameters: Mapping[str, Any]) -> Iterator[list[tuple[str, str]]]:
             yield [(one, two)]
 
 
-def _substituted(instead: Mapping[int, Any]) -> Rewrite:
+def _substituted(instead: Mapping[int, Any]) -> Callable[[Call], Call]:
     """The change of a call that is given other tensors."""
 
     def other(x: Any) -> Any:
@@ -202,7 +205,8 @@ def _substituted(instead: Mapping[int, Any]) -> Rewrite:
             return type(x)(map(other, x))
         return instead.get(id(x), x)
 
-    def change(func: Any, args: Any, kwargs: Any) -> Call:
+    def change(call: Call) -> Call:
+        func, args, kwargs = call
         return func, other(args), {k: other(v) for k, v in kwargs.items()}
 
     return change
@@ -237,27 +241,67 @@ def _one_more(runs: Runs, done: Explained, context: Context) -> bool:
 def _fits(
     runs: Runs, run: Run, parting: Parting, hypothesis: Hypothesis, own: int
 ) -> bool:
-    """Whether the changed call gives what stands among JAX's values."""
+    """Whether the changed call gives what stands among JAX's values.
+
+    Or what is made of it does: JAX may add a bias after the rest of a sum, so that a
+    layer's own result never stands alone.
+    """
     import torch
 
     record = run.records[own]
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            func, args, kwargs = hypothesis.change(run.calls[record.number])
-            out = func(*args, **kwargs)
-    except Exception:
-        return False  # shapes that don't fit, for instance: JAX can't do that either
-    tensors = [out] if isinstance(out, torch.Tensor) else list(out)
-    tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
-    if record.tensor is run.loss:
-        value = tensors[0]
-        return not value.dim() and apart(runs.loss, float(value)) <= runs.closely
     places = [parting.found[i] for i in record.inputs]
     known = {place.index for place in places if place is not None}
-    # Of a recurrent layer the last state may stand in JAX, and not all of them.
-    found = [runs.pool.find(array_of(x), runs.closely) for x in tensors]
-    return any(f is not None and f.index not in known for f in found)
+
+    def found(x: Any) -> bool:
+        place = runs.pool.find(array_of(x), runs.closely)
+        return place is not None and place.index not in known
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = _tried(hypothesis.change, run.calls[record.number])
+        if tensors is None:
+            return False
+        if record.tensor is run.loss:
+            value = tensors[0]
+            return not value.dim() and apart(runs.loss, float(value)) <= runs.closely
+        # Of a recurrent layer the last state may stand in JAX, and not all of them.
+        if any(map(found, tensors)):
+            return True
+        instead = {id(record.tensor): tensors[0]}
+        changed, ahead = {own}, 0
+        for i in range(own + 1, len(run.records)):
+            later = run.records[i]
+            if not changed & set(later.inputs):
+                continue
+            ahead += 1
+            after = _tried(_substituted(instead), run.calls[later.number])
+            if after is None or ahead > _AHEAD:
+                return False
+            if later.tensor is run.loss:
+                close = apart(runs.loss, float(after[0].reshape(-1)[0]))
+                return close <= runs.closely
+            if parting.found[i] is None and found(after[0]):
+                return True
+            instead[id(later.tensor)] = after[0]
+            changed.add(i)
+    return False
+
+
+def _tried(change: Callable[[Any], Any], call: Call) -> list[Any] | None:
+    """The tensors that a changed call gives; `None` where it can't be made."""
+    import torch
+
+    try:
+        func, args, kwargs = change(call)
+        name = name_of(func)
+        if name.endswith("_") or kwargs.get("inplace"):
+            args = (args[0].clone(), *args[1:])
+        out = func(*args, **kwargs)
+    except Exception:
+        return None  # shapes that don't fit, for instance: JAX can't do that either
+    tensors = [out] if isinstance(out, torch.Tensor) else list(out)
+    tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
+    return tensors or None
 
 
 def _accepted(
@@ -269,7 +313,7 @@ def _accepted(
     record = run.records[own]
     change: Rewrite = rewrite(hypothesis.text, context)
     if hypothesis.once:
-        change = lambda *call: hypothesis.change(call)  # noqa: E731
+        change = hypothesis.change
     alike = [
         number
         for number, call in run.calls.items()
@@ -297,6 +341,8 @@ def _accepted(
         return False
     _, numbers, trial, again, after = best
     hit = [i for i, r in enumerate(run.records) if r.number in numbers]
+    if hypothesis.at is not None:
+        hit = [hypothesis.at]
     used = tuple(dict.fromkeys(p for i in hit for p in run.records[i].parameters))
     done.reasons.append(
         Reason(hypothesis.kind, hypothesis.text, tuple(hit), used)

@@ -52,7 +52,14 @@ def related(
                 f"is given all numbers, JAX only some: {share:.2g} % of them are "
                 f"dropped, and the others multiplied by {rate:.6g} (dropout)"
             )
-            yield Hypothesis("train_mode", text, _masked(run, place, mask), once=True)
+            own_call = "dropout" in run.records[place].function
+            yield Hypothesis(
+                "train_mode",
+                text,
+                _masked(run, place, mask),
+                once=True,
+                at=place if own_call else None,
+            )
 
 
 def _masked(run: Run, place: int, mask: Any) -> Any:

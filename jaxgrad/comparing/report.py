@@ -76,8 +76,9 @@ class FirstDifference:
     """Where the two forward passes first part.
 
     Attributes:
-      module: the path of the PyTorch module that computes it; empty if it's the loss
-        function itself.
+      module: the path of the PyTorch submodule in whose lines it is; or, where it's in
+        those of the whole module, of the submodule that comes next; empty if there is
+        none, as in the loss function.
       operation: PyTorch's function: `layer_norm`.
       torch_file: where it's called.
       torch_line: its line.

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
 Tokens = tuple[str, ...]
 Rank = tuple[tuple[float, float], ...]
@@ -195,6 +194,11 @@ def settle(
     order = np.abs(ours[:, None] - theirs[None, :]) ** 2
     sure = _SIBLINGS * siblings + names
     gain = sure - _ORDER * order
+    # Imported where it's used: it takes longer than the rest of this package.
+    from scipy.optimize import (  # type: ignore[import-untyped]
+        linear_sum_assignment,
+    )
+
     worst = np.abs(gain).max(initial=1.0) * (len(leaves) + len(torch) + 1)
     rows, columns = linear_sum_assignment(np.where(fits, -gain, worst))
     found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import math
 from typing import Any
 
 from jaxgrad.causes import Cause
@@ -72,6 +73,12 @@ def first_difference(
     else:
         own, near = counterpart(run, parting, pool)
     record = run.records[own]
+    module = record.module
+    if not module:
+        # In the whole module's own lines, or the loss's: the submodule that comes next
+        # says more, if there is one.
+        later = [p for p, _, made in run.outputs if p and made and min(made) > own]
+        module = later[0] if later else ""
     place = Place("", "", 0)
     if near is not None:
         place = pool.made[near.index].place
@@ -79,7 +86,7 @@ def first_difference(
         after = line_after(run, parting, own, pool)
         place = place if after is None else pool.made[after].place
     return FirstDifference(
-        module=record.module,
+        module=module,
         operation=record.function,
         torch_file=record.place.file,
         torch_line=record.place.line,
@@ -112,16 +119,22 @@ def worst_value(matches: Matches, link: Link) -> Entry | None:
     return None
 
 
-def counts_of(args: Any) -> dict[str, int]:
-    """Sizes of the loss's arguments, which a factor may come from."""
-    import torch
-
+def counts_of(run: Run) -> dict[str, int]:
+    """Sizes of what the loss is taken of, which a factor may come from."""
     counts: dict[str, int] = {}
-    for x in torch.utils._pytree.tree_leaves(args):
-        if isinstance(x, torch.Tensor) and x.dim():
-            counts.setdefault("batch size", int(x.shape[0]))
-            counts["number of targets"] = int(x.numel())
-            counts["size of the last axis"] = int(x.shape[-1])
+    wide = [r.tensor.shape for r in run.records if r.tensor.dim()]
+    if not wide:
+        return counts
+    first, shape = tuple(wide[0]), tuple(wide[-1])
+    counts["batch size"] = int(first[0])
+    if len(first) > 1:
+        counts["size of axis 1"] = int(first[1])
+    counts["number of examples"] = int(shape[0])
+    if len(shape) > 1:
+        counts["number of outputs per example"] = math.prod(shape[1:])
+        counts["number of outputs"] = math.prod(shape)
+        counts["size of the last axis"] = int(shape[-1])
+        counts["number of rows"] = math.prod(shape[:-1])
     return counts
 
 

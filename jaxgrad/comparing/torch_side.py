@@ -18,7 +18,7 @@ from jaxgrad.pytrees import kind_of, leaf_name
 
 Array = npt.NDArray[Any]
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-Rewrite = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Call]
+Rewrite = Callable[[Call], Call]
 
 _OLDEST = (2, 4)  # whose `weights_only` and function modes are those that we test
 
@@ -247,7 +247,7 @@ def run_torch(
             number, count = count, count + 1
             if number in changes:
                 with torch.enable_grad():
-                    func, args, kwargs = changes[number](func, args, kwargs)
+                    func, args, kwargs = changes[number]((func, args, kwargs))
             name = name_of(func)
             if not record or name in _PASSED_OVER:
                 return func(*args, **kwargs)
@@ -262,7 +262,9 @@ def run_torch(
             made = [x for x in made if x.is_floating_point()]
             if made:
                 place = _user_line()
-                if name in _DETACHING or not torch.is_grad_enabled():
+                row = kwargs.get("padding_idx") if name == "embedding" else None
+                stops = name in _DETACHING or not torch.is_grad_enabled()
+                if stops or row is not None:
                     run.cuts[number] = place
                 run.calls[number] = (func, args, kwargs)
                 for x in made:
@@ -371,10 +373,13 @@ def _check_loss(loss: Any, module: Any, had: bool) -> None:
 _DETACHING = ("detach", "data", "detach_")
 
 
-def uncut(func: Any, args: Any, kwargs: Any) -> Call:
+def uncut(call: Call) -> Call:
     """The call with its gradient let through."""
     import torch
 
+    func, args, kwargs = call
+    if name_of(func) == "embedding":
+        return func, args, {**kwargs, "padding_idx": None}
     if name_of(func) in _DETACHING:
         return (lambda x: x.view_as(x)), args[:1], {}
 
