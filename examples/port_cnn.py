@@ -26,11 +26,12 @@ class TorchCNN(torch.nn.Module):
         return self.head(x.flatten(1))
 
 
+# The images come with channels last, as JAX has them.
 def torch_loss(module, x, label):
-    return torch.nn.functional.cross_entropy(module(x), label)
+    return torch.nn.functional.cross_entropy(module(x.permute(0, 3, 1, 2)), label)
 
 
-# In JAX an image is (row, column, channel), and a kernel (row, column, in, out).
+# A kernel is (row, column, in, out).
 def conv(layer, x, stride=1):
     dims = ("NHWC", "HWIO", "NHWC")
     # Both sides, as PyTorch: "SAME" would pad a stride of 2 on the right alone.
@@ -63,25 +64,15 @@ like = {
 }
 torch.manual_seed(0)
 module = TorchCNN()
-images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+x = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
 label = jnp.array([3, 1, 4, 1])
-torch_args = (
-    torch.tensor(jax.device_get(images)).permute(0, 3, 1, 2),
-    torch.tensor([3, 1, 4, 1]),
-)
 
 
 def compare(mapping=None):
     state = module.state_dict()
-    loaded = jaxgrad.load_torch_parameters(state, like, mapping=mapping)
+    params = jaxgrad.load_torch_parameters(state, like, mapping=mapping).params
     return jaxgrad.compare_with_torch(
-        loss,
-        loaded.params,
-        images,
-        label,
-        module=module,
-        torch_loss=torch_loss,
-        torch_args=torch_args,
+        loss, params, x, label, module=module, torch_loss=torch_loss
     )
 
 
@@ -89,6 +80,8 @@ report = compare({"head.kernel": ("head.weight", head_kernel)})
 print(f"The head's rows reordered\n\n{report}\n")
 assert report
 
+# And if that is forgotten:
 report = compare()
 print(f"The head only transposed\n\n{report}")
-assert not report
+assert report.first_difference.module == "head"
+assert report.causes[0].kind == "permuted"

@@ -1,5 +1,7 @@
 """An MLP in PyTorch against two ports: a dict of arrays, and an Equinox module."""
 
+import itertools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,7 @@ def dict_loss(layers, x, label):
 widths = [4, 16, 16, 3]
 layers = [
     {"kernel": jnp.zeros((n_in, n_out)), "bias": jnp.zeros(n_out)}
-    for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
+    for n_in, n_out in itertools.pairwise(widths)
 ]
 
 

@@ -233,10 +233,10 @@ def main():
     first = share([row[OURS] for row in rows], "first")
     note = (
         "Named: the module or parameter, by the first difference or a wrong row; by "
-        f"the first difference, where there is one, {first}. Cause: the first one is what "
-        f"was built in. {USUAL}: float32 gradients of parameters paired for it, or the "
-        "parameters after an optimizer's steps; atol=1e-5. A port's seconds include "
-        "tracing and compiling."
+        f"the first difference, where there is one, {first}. Cause: the first one is "
+        f"what was built in. {USUAL}: float32 gradients of parameters paired for it, "
+        "or the parameters after an optimizer's steps; atol=1e-5. A port's seconds "
+        "include tracing and compiling."
     )
     print(Table("", note=note))
     if options.failures:

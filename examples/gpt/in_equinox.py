@@ -1,12 +1,14 @@
 """The GPT in Equinox, whose attention keeps q, k and v apart."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from gpt.in_torch import BLOCKS, CONTEXT, HEADS, VOCABULARY, WIDTH
 
 import jaxgrad
-from gpt.in_torch import BLOCKS, CONTEXT, HEADS, VOCABULARY, WIDTH, module
 
 
 class Block(eqx.Module):
@@ -20,10 +22,15 @@ class Block(eqx.Module):
 
     def __init__(self, key):
         keys = jax.random.split(key, 3)
-        biases = ("query", "key", "value", "output")
         self.ln_1 = eqx.nn.LayerNorm(WIDTH)
         self.attn = eqx.nn.MultiheadAttention(
-            HEADS, WIDTH, key=keys[0], **{f"use_{name}_bias": True for name in biases}
+            HEADS,
+            WIDTH,
+            use_query_bias=True,
+            use_key_bias=True,
+            use_value_bias=True,
+            use_output_bias=True,
+            key=keys[0],
         )
         self.ln_2 = eqx.nn.LayerNorm(WIDTH)
         self.c_fc = eqx.nn.Linear(WIDTH, 4 * WIDTH, key=keys[1])
@@ -69,17 +76,20 @@ def loss(model, tokens):
     return optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:]).mean()
 
 
-def load():
-    """The parameters of the PyTorch module, of which c_attn is cut in three."""
+def load(state):
+    """The parameters of a state dict of PyTorch's, of which c_attn is cut in three."""
+
+    def cut(fused, third):
+        return fused.reshape(3, WIDTH, *fused.shape[1:])[third]
+
     mapping = {
         f"h[{block}].attn.{name}_proj.{what}": (
             f"h.{block}.attn.c_attn.{what}",
-            lambda fused, third=third: fused.reshape(3, WIDTH, *fused.shape[1:])[third],
+            functools.partial(cut, third=third),
         )
         for block in range(BLOCKS)
         for what in ("weight", "bias")
-        for third, name in enumerate(("query", "key", "value"))
+        for third, name in enumerate(["query", "key", "value"])
     }
     model = GPT(jax.random.key(0))
-    state = module.state_dict()
     return jaxgrad.load_torch_parameters(state, model, mapping=mapping).params

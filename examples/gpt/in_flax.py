@@ -1,10 +1,12 @@
 """The GPT in Flax NNX, whose attention has an axis of heads in its kernels."""
 
+import functools
+
 import optax
 from flax import nnx
+from gpt.in_torch import BLOCKS, CONTEXT, HEADS, VOCABULARY, WIDTH
 
 import jaxgrad
-from gpt.in_torch import BLOCKS, CONTEXT, HEADS, VOCABULARY, WIDTH, module
 
 
 class Block(nnx.Module):
@@ -47,24 +49,22 @@ def loss(model, tokens):
     return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
 
 
-def load():
-    """The parameters of the PyTorch module, of which c_attn is cut in three."""
+def load(state):
+    """The parameters of a state dict of PyTorch's, of which c_attn is cut in three."""
 
-    def cut(third):
-        def transform(fused):
-            _, *inputs = fused.shape  # (3 * WIDTH, WIDTH), or (3 * WIDTH,)
-            heads = fused.reshape(3, HEADS, WIDTH // HEADS, *inputs)[third]
-            return heads.transpose(2, 0, 1) if inputs else heads
+    def cut(fused, third):
+        _, *inputs = fused.shape  # (3 * WIDTH, WIDTH), or (3 * WIDTH,)
+        heads = fused.reshape(3, HEADS, WIDTH // HEADS, *inputs)[third]
+        return heads.transpose(2, 0, 1) if inputs else heads
 
-        return transform
-
-    mapping = {}
-    for block in range(BLOCKS):
-        for third, name in enumerate(("query", "key", "value")):
-            for here, there in [("kernel", "weight"), ("bias", "bias")]:
-                mapping[f"h[{block}].attn.{name}.{here}.value"] = (
-                    f"h.{block}.attn.c_attn.{there}",
-                    cut(third),
-                )
-    model, state = GPT(nnx.Rngs(0)), module.state_dict()
+    mapping = {
+        f"h[{block}].attn.{name}.{here}": (
+            f"h.{block}.attn.c_attn.{there}",
+            functools.partial(cut, third=third),
+        )
+        for block in range(BLOCKS)
+        for here, there in [("kernel", "weight"), ("bias", "bias")]
+        for third, name in enumerate(["query", "key", "value"])
+    }
+    model = GPT(nnx.Rngs(0))
     return jaxgrad.load_torch_parameters(state, model, mapping=mapping).params

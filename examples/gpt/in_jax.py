@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import optax
+from gpt.in_torch import BLOCKS, CONTEXT, HEADS, VOCABULARY, WIDTH
 
 import jaxgrad
-from gpt.in_torch import BLOCKS, CONTEXT, HEADS, VOCABULARY, WIDTH, module
 
 
 def dense(p, x):
@@ -44,8 +44,8 @@ def loss(params, tokens):
     return optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:]).mean()
 
 
-def load():
-    """The parameters of the PyTorch module."""
+def load(state):
+    """The parameters of a state dict of PyTorch's, with the blocks stacked."""
 
     def layer(n_in, n_out):
         return {"kernel": jnp.zeros((n_in, n_out)), "bias": jnp.zeros(n_out)}
@@ -64,6 +64,6 @@ def load():
         "h": [one] * BLOCKS,
         "ln_f": norm,
     }
-    params = jaxgrad.load_torch_parameters(module.state_dict(), like).params
+    params = jaxgrad.load_torch_parameters(state, like).params
     stacked = jax.tree.map(lambda *blocks: jnp.stack(blocks), *params["h"])
     return params | {"h": stacked}

@@ -1,6 +1,5 @@
 """A small GPT in PyTorch, laid out as GPT-2: fused q, k and v, and a tied head."""
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,7 +17,7 @@ class Attention(nn.Module):
     def forward(self, x):
         """What each token takes from those before it."""
         heads = self.c_attn(x).unflatten(-1, (3, HEADS, -1))
-        q, k, v = heads.movedim(-3, 0).transpose(-3, -2)
+        q, k, v = heads.movedim(-3, 0).transpose(-3, -2)  # (batch, head, place, _)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(x.transpose(-3, -2).flatten(-2))
 
@@ -67,7 +66,3 @@ class GPT(nn.Module):
 def loss(module, tokens):
     scores = module(tokens[:, :-1])
     return F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten())
-
-
-torch.manual_seed(0)
-module = GPT()

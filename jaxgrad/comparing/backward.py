@@ -140,9 +140,9 @@ class Search:
                 "let through there, the two agree."
             )
             after = self._state(ours, self.state.theirs)
-            if self._take(Cause("missing_gradient", said), after):
-                if not self.state.wrong:
-                    return
+            taken = self._take(Cause("missing_gradient", said), after)
+            if taken and not self.state.wrong:
+                return
 
     def _sample(self, place: int) -> tuple[Array, Array] | None:
         both = self._blocks(place)

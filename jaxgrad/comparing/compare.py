@@ -108,9 +108,7 @@ def compare_with_torch(
         report = comparison.report(exact)
         if steps:
             layouts = comparison.layouts
-            trajectory = moves(
-                side, model, layouts, steps, optimizer, torch_optimizer
-            )
+            trajectory = moves(side, model, layouts, steps, optimizer, torch_optimizer)
             report = replace(
                 report,
                 ok=report.ok and trajectory.ok,

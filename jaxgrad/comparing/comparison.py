@@ -19,7 +19,7 @@ from jaxgrad.comparing.hypotheses import Context
 from jaxgrad.comparing.jax_side import JaxSide
 from jaxgrad.comparing.judging import NATIVE, NATIVE_LOSS, SAME, Judge
 from jaxgrad.comparing.layouts import laid_out
-from jaxgrad.comparing.links import Link, Measure, links_of
+from jaxgrad.comparing.links import Measure, links_of
 from jaxgrad.comparing.matching import Matches, match
 from jaxgrad.comparing.parting import Explained, Runs, apart, explain, paddings_of
 from jaxgrad.comparing.report import (
@@ -159,7 +159,7 @@ class Comparison:
         runs = Runs(
             both.model.run, pool, both.values.loss, tolerance, closely=both.wide
         )
-        nothing = Explained(parting=runs.parting(both.run), run=both.run)
+        nothing = Explained(both.run, runs.parting(both.run))
         blames: list[Blame] = []
         explained = nothing
         if wrong or (both.wide and grey):
@@ -196,7 +196,6 @@ class Comparison:
     ) -> list[Blame]:
         theirs = both.theirs
         if explained.rewrites:
-            assert explained.run is not None
             theirs = both.model.gradients(explained.run)
         counts = telling.counts_of(both.run)
         search = Search(
@@ -327,7 +326,9 @@ class Comparison:
         if ours:
             text = f"JAX multiplies in {ours}, PyTorch doesn't; in float64 they agree."
         else:
-            text = f"PyTorch computes in {theirs[0]}, JAX doesn't; in float64 they agree."
+            text = (
+                f"PyTorch computes in {theirs[0]}, JAX doesn't; in float64 they agree."
+            )
         return Cause("matmul_precision", text)
 
     def _left_out(self, native: Both, unmatched: Unmatched) -> bool:
@@ -335,7 +336,8 @@ class Comparison:
         ours = native.values.gradients
         theirs = self.model.shown(native.theirs)
         return any(np.any(ours[path]) for path in unmatched.jax) or any(
-            theirs[name] is not None and np.any(theirs[name]) for name in unmatched.torch
+            theirs[name] is not None and np.any(theirs[name])
+            for name in unmatched.torch
         )
 
 
@@ -348,11 +350,11 @@ _VALUES = Cause(
 
 def _low_precision(side: JaxSide) -> str:
     """The dtype and line of a product in fewer digits than the leaves have."""
-    if any(jnp.finfo(leaf.dtype).bits < 32 for leaf in side.leaves.values()):
+    if any(leaf.dtype.itemsize < 4 for leaf in side.leaves.values()):
         return ""
     for eqn in side.equations():
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
             dtype = eqn.invars[0].aval.dtype
-            if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+            if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
                 return f"{dtype.name} at {source_of(eqn)}"
     return ""

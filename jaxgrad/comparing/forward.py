@@ -28,12 +28,12 @@ class Found(NamedTuple):
     """Where among JAX's values a tensor was found.
 
     Attributes:
-      index: which value; of a tensor found in parts, the first part's.
+      value: which value; of a tensor found in parts, the first part's.
       error: the norm of the difference, over the tensor's norm.
       layout: how JAX lays it out.
     """
 
-    index: int
+    value: int
     error: float
     layout: str
 
@@ -77,7 +77,7 @@ class Pool:
                     if all(places):
                         known = [place for place in places if place is not None]
                         worst = max(place.error for place in known)
-                        return Found(known[0].index, worst, f"in {parts} parts")
+                        return Found(known[0].value, worst, f"in {parts} parts")
         return found
 
     def _whole(self, tensor: Array, tolerance: float) -> Found | None:

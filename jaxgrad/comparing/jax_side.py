@@ -66,7 +66,7 @@ class Values:
     Attributes:
       loss: its value.
       gradients: per leaf, in its layout.
-      made: gives the values made on the way, in order; those inside of a scan follow it.
+      made: gives the values made on the way, in order; a scan's come after it.
     """
 
     loss: float
@@ -322,7 +322,9 @@ class JaxSide:
                 try:
                     with jax.disable_jit(False):
                         closed = self._trace(operands)
-                    self._wide = Traced(closed, [*values, *fixed], self.names, wide=True)
+                    self._wide = Traced(
+                        closed, [*values, *fixed], self.names, wide=True
+                    )
                 except Opaque:
                     raise
                 except Exception:

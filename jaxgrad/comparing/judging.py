@@ -69,7 +69,7 @@ def _noise(side: JaxSide) -> dict[str, float]:
         leaves = []
         for leaf in side.leaves.values():
             array = np.asarray(leaf).astype(np.float64)
-            eps = np.finfo(np.float32).eps
+            eps = float(np.finfo(np.float32).eps)
             if leaf.dtype.itemsize < 4:
                 eps = 2.0**-8  # bfloat16's, and more than float16's
             moved = array * (1 + eps * rng.uniform(-1, 1, array.shape))

@@ -101,7 +101,9 @@ def links_of(
         names = dict.fromkeys(n for piece in layout.pieces for n in piece.names)
         for name in names:
             own = tuple(p for p in layout.pieces if name in p.names)
-            shared = taken[name] > int(np.prod(shapes[name])) and layout.transform is None
+            shared = (
+                taken[name] > int(np.prod(shapes[name])) and layout.transform is None
+            )
             if shared and name in done:
                 continue
             if shared:
@@ -120,9 +122,7 @@ def links_of(
     return links
 
 
-def _part_text(
-    layout: Layout, name: str, pieces: tuple[Piece, ...], names: int
-) -> str:
+def _part_text(layout: Layout, name: str, pieces: tuple[Piece, ...], names: int) -> str:
     if names == 1 or len(pieces) > 1:
         return layout.text
     (piece,) = pieces
@@ -216,7 +216,9 @@ class _Total:
     def _rows(
         self, first: tuple[int, ...], mine: Array, other: Array, scalar: bool = False
     ) -> None:
-        mine, other = (np.asarray(x).astype(np.float64, copy=False) for x in (mine, other))
+        mine, other = (
+            np.asarray(x).astype(np.float64, copy=False) for x in (mine, other)
+        )
         with np.errstate(invalid="ignore", over="ignore"):
             off = np.abs(mine - other)
             self.finite &= bool(np.isfinite(mine).all() and np.isfinite(other).all())
@@ -236,7 +238,9 @@ class _Total:
     def measure(self) -> Measure:
         """What was found."""
         ours, theirs = self.ours**0.5, self.theirs**0.5
-        cosine = self.dot / (ours * theirs) if ours and theirs else float(ours == theirs)
+        cosine = (
+            self.dot / (ours * theirs) if ours and theirs else float(ours == theirs)
+        )
         return Measure(
             max(self.max_error, 0.0), self.off**0.5, ours, theirs, cosine, self.worst,
             self.finite,

@@ -75,9 +75,9 @@ def moves(
             steps_of.TorchSide(
                 start=start,
                 parameters=named,
-                loss=lambda: run_torch(
-                    model.module, model.loss, model.args, record=False
-                ).loss,
+                loss=lambda: (
+                    run_torch(model.module, model.loss, model.args, record=False).loss
+                ),
             ),
             steps=steps,
             optimizer=optimizer,
@@ -90,7 +90,7 @@ def _back(
     leaves: Mapping[str, Array],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Array]:
-    """PyTorch's parameters of the leaves: those that each stand whole, once, in them."""
+    """PyTorch's parameters of the leaves: those that stand whole in them."""
     into: dict[str, Array] = {}
     filled: dict[str, int] = {}
     for layout in layouts:

@@ -1,4 +1,4 @@
-"""Where two forward passes part, and why: hypotheses, tested by running PyTorch again."""
+"""Where two forward passes part, and why: hypotheses, tested by running PyTorch."""
 
 from __future__ import annotations
 
@@ -120,28 +120,27 @@ class Explained:
     """What explains a forward difference.
 
     Attributes:
-      reasons: in the order in which they were found.
-      rewrites: the calls changed, by number; with them PyTorch does what JAX does.
+      run: PyTorch's run with the calls changed.
       parting: what is left of the difference then.
-      run: PyTorch's run with them.
+      reasons: the causes, in the order in which they were found.
+      rewrites: the calls changed, by number.
     """
 
+    run: Run
+    parting: Parting
     reasons: list[Reason] = field(default_factory=list)
     rewrites: dict[int, Rewrite] = field(default_factory=dict)
-    parting: Parting | None = None
-    run: Run | None = None
 
     @property
     def whole(self) -> bool:
         """Whether nothing is left of the difference."""
-        return self.parting is not None and not self.parting.bad
+        return not self.parting.bad
 
 
 def explain(runs: Runs, run: Run, parting: Parting, context: Context) -> Explained:
     """Looks for changes of PyTorch's calls by which its forward pass becomes JAX's."""
-    done = Explained(parting=parting, run=run)
+    done = Explained(run, parting)
     for _ in range(_ROUNDS):
-        assert done.parting is not None and done.run is not None
         if not done.parting.bad or not _one_more(runs, done, context):
             break
     if not done.whole:
@@ -155,9 +154,8 @@ def _swapped(runs: Runs, done: Explained, context: Context) -> bool:
     Where a call's own result tells nothing, since JAX has both, only used otherwise.
     """
     run = done.run
-    assert run is not None
     for pairs in itertools.islice(exchanges(context.parameters), _PAIRS):
-        instead = {}
+        instead: dict[int, Any] = {}
         for one, two in pairs:
             a, b = context.parameters[one], context.parameters[two]
             instead |= {id(a): b, id(b): a}
@@ -215,7 +213,6 @@ def _substituted(instead: Mapping[int, Any]) -> Callable[[Call], Call]:
 def _one_more(runs: Runs, done: Explained, context: Context) -> bool:
     """Finds one more cause, if there is one."""
     run, parting = done.run, done.parting
-    assert run is not None and parting is not None
     blind: list[tuple[int, Hypothesis]] = []
     for own in parting.bad[:_CALLS]:
         record = run.records[own]
@@ -250,11 +247,11 @@ def _fits(
 
     record = run.records[own]
     places = [parting.found[i] for i in record.inputs]
-    known = {place.index for place in places if place is not None}
+    known = {place.value for place in places if place is not None}
 
     def found(x: Any) -> bool:
         place = runs.pool.find(array_of(x), runs.closely)
-        return place is not None and place.index not in known
+        return place is not None and place.value not in known
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -309,7 +306,6 @@ def _accepted(
 ) -> bool:
     """Tests a hypothesis by a whole run, here, and wherever else it applies too."""
     run, parting = done.run, done.parting
-    assert run is not None and parting is not None
     record = run.records[own]
     change: Rewrite = rewrite(hypothesis.text, context)
     if hypothesis.once:
@@ -344,9 +340,7 @@ def _accepted(
     if hypothesis.at is not None:
         hit = [hypothesis.at]
     used = tuple(dict.fromkeys(p for i in hit for p in run.records[i].parameters))
-    done.reasons.append(
-        Reason(hypothesis.kind, hypothesis.text, tuple(hit), used)
-    )
+    done.reasons.append(Reason(hypothesis.kind, hypothesis.text, tuple(hit), used))
     done.rewrites, done.run, done.parting = trial, again, after
     return True
 
@@ -383,12 +377,10 @@ def counterpart(run: Run, parting: Parting, pool: Pool) -> tuple[int, Found | No
     return parting.bad[0], None
 
 
-def line_after(
-    run: Run, parting: Parting, own: int, pool: Pool
-) -> int | None:
+def line_after(run: Run, parting: Parting, own: int, pool: Pool) -> int | None:
     """The JAX value made right after the last input of a record that is in JAX."""
     places = [parting.found[i] for i in run.records[own].inputs]
-    known = [place.index for place in places if place is not None]
+    known = [place.value for place in places if place is not None]
     if not known:
         return None
     return min(max(known) + 1, len(pool.made) - 1)

@@ -1,4 +1,4 @@
-"""What JAX may have in the place of a tensor: a multiple of it, or part of it dropped."""
+"""What JAX may have in the place of a tensor: a multiple of it, or a part dropped."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 _DIGITS = 1e-9
 
 
-def related(
-    run: Run, parting: Parting, own: int, pool: Pool
-) -> Iterator[Hypothesis]:
+def related(run: Run, parting: Parting, own: int, pool: Pool) -> Iterator[Hypothesis]:
     """What JAX's values say of a record that isn't among them."""
     record = run.records[own]
     factor = pool.multiple(record.array(run.overwritten, own), _DIGITS)
@@ -83,5 +81,3 @@ def _masked(run: Run, place: int, mask: Any) -> Any:
         return func, tuple(map(times, args)), {k: times(v) for k, v in kwargs.items()}
 
     return change
-
-

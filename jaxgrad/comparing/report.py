@@ -30,7 +30,8 @@ class Losses(NamedTuple):
     torch: float
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Entry:
     """One entry, as JAX and as PyTorch has it; `index` is the JAX array's."""
 
     index: tuple[int, ...]
@@ -260,7 +261,7 @@ def _parameters(report: TorchComparison) -> Table:
             kinds[p.verdict] = kinds.get(p.verdict, 0) + 1
         said = ", ".join(f"{n} {verdict}" for verdict, n in kinds.items())
         rows.append([f"and {len(ranked) - len(shown)} more", "", "", said, "", ""])
-    notes = []
+    notes: list[str] = []
     for p in ranked:
         if p.verdict in BAD and p.worst is not None and len(notes) < 3:
             what = "value" if p.verdict == "values" else "gradient"

@@ -60,7 +60,6 @@ class TorchModel:
             for (name, _), g in zip(named, got, strict=True)
         }
 
-
     def shown(
         self, gradients: Mapping[str, Array | None], thawed: Collection[str] = ()
     ) -> dict[str, Array | None]:

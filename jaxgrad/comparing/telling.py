@@ -50,7 +50,7 @@ def module_outputs(run: Run, parting: Parting, pool: Pool) -> tuple[ModuleOutput
 def _line(pool: Pool, place: Found | None) -> dict[str, Any]:
     if place is None:
         return {"file": "", "line": 0, "text": ""}
-    return _source(pool.made[place.index].place)
+    return _source(pool.made[place.value].place)
 
 
 def _source(place: Place) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def first_difference(
         module = later[0] if later else ""
     place = Place("", "", 0)
     if near is not None:
-        place = pool.made[near.index].place
+        place = pool.made[near.value].place
     else:
         after = line_after(run, parting, own, pool)
         place = place if after is None else pool.made[after].place

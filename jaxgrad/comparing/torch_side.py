@@ -54,10 +54,11 @@ def tensors_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
       TypeError: a leaf is no array, or the state of a random generator.
     """
     named, treedef = jax.tree_util.tree_flatten_with_path(args)
-    return treedef.unflatten(  # type: ignore[no-any-return]
+    tensors = [
         _tensor(leaf_name(path[1:], f"args[{path[0].idx}]"), leaf)
         for path, leaf in named
-    )
+    ]
+    return tuple(jax.tree.unflatten(treedef, tensors))
 
 
 def _tensor(name: str, leaf: Any) -> Any:
@@ -252,7 +253,9 @@ def run_torch(
             if not record or name in _PASSED_OVER:
                 return func(*args, **kwargs)
             given = [x for x in _tensors((args, kwargs)) if x.is_floating_point()]
-            inputs = tuple(dict.fromkeys(makers[id(x)] for x in given if id(x) in makers))
+            inputs = tuple(
+                dict.fromkeys(makers[id(x)] for x in given if id(x) in makers)
+            )
             used = tuple(dict.fromkeys(names[id(x)] for x in given if id(x) in names))
             mutates = _mutates(func, name, kwargs)
             if mutates and given and id(args[0]) in makers:
@@ -392,7 +395,15 @@ def uncut(call: Call) -> Call:
 
 # Calls that make nothing new.
 _PASSED_OVER = frozenset(
-    ("requires_grad", "grad", "grad_fn", "is_leaf", "backward", "requires_grad_", "item")
+    (
+        "requires_grad",
+        "grad",
+        "grad_fn",
+        "is_leaf",
+        "backward",
+        "requires_grad_",
+        "item",
+    )
 )
 
 
