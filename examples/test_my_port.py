@@ -66,16 +66,15 @@ def module():
 def model(module):
     like = Classifier(jax.random.key(0))
     verify = (loss, (x, label), module, torch_loss)
-    return jaxgrad.load_torch_parameters(
-        module.state_dict(), like, verify=verify
-    ).params
+    state = module.state_dict()
+    return jaxgrad.load_torch_parameters(state, like, verify=verify).params
 
 
-# An assertion prints the report when it fails.
 def test_the_gradients(module, model):
-    assert jaxgrad.compare_with_torch(
+    report = jaxgrad.compare_with_torch(
         loss, model, x, label, module=module, torch_loss=torch_loss
     )
+    assert report, str(report)  # the whole report is the message
 
 
 def compare_adamw(module, model, **options):
@@ -92,9 +91,11 @@ def compare_adamw(module, model, **options):
     )
 
 
-# AdamW's weight decay is 0.01 in PyTorch and 0.0001 in optax, unless one says.
+# Unless one says, AdamW's weight decay is 0.01 in PyTorch and 0.0001 in optax.
 def test_the_steps(module, model):
-    assert compare_adamw(module, model, weight_decay=0.01)
+    report = compare_adamw(module, model, weight_decay=0.01)
+    assert report, str(report)
+    assert report.trajectory.steps == 3
 
 
 def test_that_another_weight_decay_is_found(module, model):

@@ -20,6 +20,7 @@ from jaxgrad.equations import (
     Value,
     Walk,
     call,
+    count_numbers,
     equations,
     evaluate,
     flow,
@@ -27,7 +28,6 @@ from jaxgrad.equations import (
     run,
     source_of,
     still,
-    wider,
 )
 from jaxgrad.flow import Frame, forward_of
 from jaxgrad.operands import Operands, operands_of
@@ -135,7 +135,9 @@ class Traced:
                 return jax.tree.unflatten(tree, [out.now for out in outputs])
 
             function = walk
-        self._program = Program(function, None, self._operands)
+        # float64 numbers don't depend on how XLA optimises, to what matters here.
+        size = count_numbers(closed.jaxpr.eqns) if wide else None
+        self._program = Program(function, size, self._operands)
 
     def __call__(self, leaves: Sequence[Any] | None = None) -> Values:
         """The values, for the parameters as they are, or for other ones."""
@@ -251,6 +253,13 @@ def _narrowed(closed: Any, operands: Sequence[Any]) -> list[Any]:
     ]
 
 
+def _doubled(array: Any) -> Any:
+    """An array of floats in float64: by NumPy, which needs no compiling."""
+    if kind_of(array) != "differentiable":
+        return array
+    return jnp.asarray(np.asarray(array).astype(np.float64))
+
+
 class JaxSide:
     """A JAX loss at its parameters.
 
@@ -304,11 +313,8 @@ class JaxSide:
           Opaque: they can't be.
         """
         if self._wide is None:
-            values = [wider(x) for x in self._operands.values]
-            fixed = [
-                wider(x) if kind_of(x) == "differentiable" else x
-                for x in self._operands.fixed
-            ]
+            values = [_doubled(x) for x in self._operands.values]
+            fixed = [_doubled(x) for x in self._operands.fixed]
             random = any(
                 eqn.primitive.name.startswith(("random_", "threefry", "rng_"))
                 for eqn in equations(self._closed)

@@ -118,7 +118,7 @@ def piece_of(name: str, places: Array) -> Piece | None:
     origin = (0,) * places.ndim
     offsets = []
     for axis in range(places.ndim):
-        line = (*origin[:axis], slice(None), *origin[axis + 1 :])
+        line: Any = (*origin[:axis], slice(None), *origin[axis + 1 :])
         along = places[line] - places[origin] if places.size else places[line]
         offsets.append(along.astype(np.int64))
     if not places.size:

@@ -8,20 +8,24 @@ Contents that say little (ones, zeros, equal layers) are then settled by names.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from jaxgrad.comparing.content import Differing, count, differing
-from jaxgrad.comparing.layouts import Layout, Piece, piece_of
+from jaxgrad.comparing.content import MOST, Differing, count, differing, share
+from jaxgrad.comparing.layouts import Layout, Piece, piece_of, put_back, whole
 from jaxgrad.comparing.orders import describe
 from jaxgrad.comparing.record import Ambiguity
 from jaxgrad.comparing.searching import Search
 
 Array = npt.NDArray[Any]
 Transform = Callable[[Any], Any]
+
+# Orders of more axes than this aren't tried.
+_AXES = 5
 
 
 class Matches(NamedTuple):
@@ -62,7 +66,9 @@ def match(
     search = Search(leaves, parameters)
     given = _given(search, leaves, parameters, dict(mapping or {}))
     search.find([path for path in leaves if path not in dict(mapping or {})])
-    found = {**search.layouts(), **given}
+    found = {
+        path: _once(search, layout) for path, layout in search.layouts().items()
+    } | given
     layouts = [found[path] for path in leaves if path in found]
     if not layouts:
         raise ValueError(_nothing(leaves, parameters))
@@ -75,6 +81,46 @@ def match(
         tuple(search.ambiguous),
         tuple(_differing(search, layouts)),
     )
+
+
+def _once(search: Search, layout: Layout) -> Layout:
+    """The layout, unless it has a whole parameter, but some of its numbers twice.
+
+    No port repeats a row of a parameter in the place of another: those of the leaf that
+    are repeated have a wrong value, as when a row was overwritten.
+    """
+    names = {name for piece in layout.pieces for name in piece.names}
+    name, *others = names
+    parameter = search.parameters[name]
+    if others or parameter.size != count(layout.shape) or _takes_all(layout, name):
+        return layout
+    best = None
+    for axes in itertools.permutations(range(min(parameter.ndim, _AXES))):
+        order = whole(layout.path, layout.shape, name, parameter.shape, axes)
+        if order is None or parameter.ndim > _AXES:
+            continue
+        equal = share(search.leaves[layout.path], order.pieces[0], search.parameters)
+        if equal >= MOST and (best is None or equal > best[0]):
+            best = equal, order
+    if best is None:
+        return layout
+    search.equal.pop(layout.path, None)  # it was counted for the other
+    return best[1]
+
+
+def _takes_all(layout: Layout, name: str) -> bool:
+    """Whether a layout has each place of a parameter."""
+    if (
+        sum(len(set(along.tolist())) for p in layout.pieces for along in p.offsets)
+        == (sum(map(len, (along for p in layout.pieces for along in p.offsets))))
+        and len(layout.pieces) == 1
+    ):
+        return True
+    places = np.zeros(count(layout.shape), np.int8)
+    hit = {name: places}
+    for piece in layout.pieces:
+        put_back(piece, np.ones(piece.shape, np.int8), hit)
+    return bool((places == 1).all())
 
 
 def _differing(search: Search, layouts: Sequence[Layout]) -> list[Differing]:

@@ -327,7 +327,9 @@ def _accepted(
         except Exception:
             continue
         rank = _rank(again, after)
-        if hypothesis.blind and not _onward(run, parting, after, own):
+        if (hypothesis.blind or hypothesis.once) and not _onward(
+            run, parting, after, own
+        ):
             continue
         if rank < _rank(run, parting) and (best is None or rank < best[0]):
             best = rank, numbers, trial, again, after

@@ -131,8 +131,11 @@ def _cross_entropy(o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
             )
             yield Hypothesis("softmax_axis", text, with_logs(apart))
     text = "takes the softmax of the logits, JAX of their softmax"
-    twice = with_logs(lambda x: x.softmax(axis).log_softmax(axis))
-    yield Hypothesis("activation", text, twice)
+
+    def twice(o: dict[str, Any]) -> Any:
+        return functional.cross_entropy(**{**o, "input": o["input"].softmax(axis)})
+
+    yield Hypothesis("activation", text, instead(twice))
     text = "takes the softmax of its input, JAX takes it for logarithms already"
     yield Hypothesis("activation", text, with_logs(lambda x: x))
     smooth = o["label_smoothing"] * classes / (classes - 1) if classes > 1 else 0

@@ -96,6 +96,19 @@ def norm(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
 
             kind = "variance" if unbiased else "epsilon"
             yield Hypothesis(kind, text, instead(normed))
+    if name == "group_norm":
+
+        def turned(o: dict[str, Any]) -> Any:
+            x, groups = o["input"], o["num_groups"]
+            y = x.unflatten(1, (-1, groups)).transpose(1, 2).reshape(x.shape)
+            z = torch.nn.functional.group_norm(y, groups, eps=o["eps"])
+            z = z.unflatten(1, (groups, -1)).transpose(1, 2).reshape(x.shape)
+            full = [1, -1] + [1] * (x.dim() - 2)
+            z = z if o.get("weight") is None else z * o["weight"].reshape(full)
+            return z if o.get("bias") is None else z + o["bias"].reshape(full)
+
+        text = "has the channels of a group together, JAX in turns"
+        yield Hypothesis("permuted", text, instead(turned))
     if o.get("bias") is not None:
         yield Hypothesis("bias", "adds a bias, JAX doesn't", given(bias=None))
     if o.get("weight") is not None:

@@ -47,6 +47,20 @@ def convolution(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis
             )
             if any(flat) or mode == "constant":
                 yield Hypothesis("padding", text, instead(padded))
+    for dilation in (1, 2, 3, 4):
+        if o.get("dilation") not in (dilation, (dilation,) * axes):
+            text = f"has dilation {o.get('dilation', 1)}, JAX {dilation}"
+            for pads in dict.fromkeys(tries):
+                flat = [n for pair in reversed(pads) for n in pair]
+
+                def dilated(
+                    o: dict[str, Any], flat: list[int] = flat, by: int = dilation
+                ) -> Any:
+                    x = torch.nn.functional.pad(o["input"], flat)
+                    return call_of(**{**o, "input": x, "padding": 0, "dilation": by})
+
+                how = f"{text}, and pads by {said(pads)}"
+                yield Hypothesis("padding", how, instead(dilated))
     for stride in (1, 2):
         if o.get("stride") not in (stride, (stride,) * axes):
             text = f"has stride {o.get('stride', 1)}, JAX {stride}"
