@@ -265,7 +265,7 @@ def _in_pieces(
     return _Done(loop, losses or empty, norms or empty, interrupted)
 
 
-def _rule(schedule: Schedule | None, optimizer: Any) -> tuple[Any, Any]:
+def update_rule(schedule: Schedule | None, optimizer: Any) -> tuple[Any, Any]:
     """`init(params)` and `update(params, grads, state, rate, value, value_fn)`."""
     if optimizer is None:
 
@@ -302,7 +302,7 @@ def _compile(
     schedule: Schedule | None,
     optimizer: Any,
 ) -> _Compiled:
-    init, update = _rule(schedule, optimizer)
+    init, update = update_rule(schedule, optimizer)
 
     def run(operands: tuple[Any, ...]) -> tuple[_Loop, _Records]:
         held, *args, settings, first, limit = operands

@@ -7,8 +7,8 @@ import optax
 import pytest
 import torch
 
-from jaxgrad.comparing.running import JaxSide, TorchSide
 from jaxgrad.comparing.trajectories import trajectories
+from jaxgrad.comparing.trajectories.running import JaxMover, TorchMover
 
 # A key bias that has no effect on the loss, as in attention, and one without gradient.
 NAMES = ("inner.weight", "inner.bias", "key.bias", "outer.weight", "outer.bias", "idle")
@@ -58,7 +58,7 @@ def problem(dtype=np.float64, torch_loss=None, scale=1.0):
         name.replace(".", "/"): value.T if value.ndim == 2 else value
         for name, value in start.items()
     }
-    ours = JaxSide(
+    ours = JaxMover(
         start=jax_start,
         value_and_grad=value_and_grad,
         unflatten=lambda leaves: {"net": dict(leaves), "static": None},
@@ -66,7 +66,7 @@ def problem(dtype=np.float64, torch_loss=None, scale=1.0):
         to_torch=to_torch,
         gradients_to_torch=to_torch,
     )
-    theirs = TorchSide(
+    theirs = TorchMover(
         start, parameters, (torch_loss or (lambda _, f: f))(parameters, torch_mse)
     )
     return ours, theirs

@@ -8,11 +8,11 @@ from typing import Any
 
 from jaxgrad.comparing.comparison import Comparison
 from jaxgrad.comparing.jax_side import JaxSide
-from jaxgrad.comparing.moving import moves
 from jaxgrad.comparing.report import TorchComparison
 from jaxgrad.comparing.sides import TorchModel
 from jaxgrad.comparing.torch_side import import_torch, kept, tensors_of
 from jaxgrad.comparing.trajectories import check_optimizers
+from jaxgrad.comparing.trajectories.moving import moves
 from jaxgrad.pytrees import Loss, PyTree
 
 

@@ -20,6 +20,8 @@ NEAR = 0.5
 _AXES = 5
 # A projection that a network computes at once may be computed in so many parts.
 _PARTS = (2, 3, 4)
+# So many values are looked at for the closest one.
+_NEAREST = 12
 # Fewer numbers than this are a multiple of others by chance.
 _SEVERAL = 4
 
@@ -100,15 +102,17 @@ class Pool:
         return None
 
     def near(self, tensor: Array) -> Found | None:
-        """The value that is closest to a tensor, if any is close."""
+        """The value that is closest to a tensor, if any is close; no constant."""
         indices, sketches = self._sketched(tensor.size)
         if not len(sketches) or tensor.size == 1:
             return None
         own = _sketch(tensor)
         apart = np.abs(sketches - own).sum(axis=1)
         best = None
-        for place in np.argsort(apart, kind="stable")[:12]:
-            index = indices[int(place)]
+        order = np.argsort(apart, kind="stable")
+        moving = [p for p in order.tolist() if self.made[indices[p]].moves]
+        for place in moving[:_NEAREST]:
+            index = indices[place]
             error, layout = closest(tensor, self.array(index), 0.0)
             if error < NEAR and (best is None or error < 0.99 * best.error):
                 best = Found(index, error, layout)

@@ -327,9 +327,8 @@ def _accepted(
         except Exception:
             continue
         rank = _rank(again, after)
-        if (hypothesis.blind or hypothesis.once) and not _onward(
-            run, parting, after, own
-        ):
+        unsure = hypothesis.blind or hypothesis.once
+        if unsure and not _onward(run, parting, after, own):
             continue
         if rank < _rank(run, parting) and (best is None or rank < best[0]):
             best = rank, numbers, trial, again, after

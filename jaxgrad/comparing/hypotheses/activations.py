@@ -99,3 +99,5 @@ def softmax(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
         if dim != now % rank:
             text = f"is over axis {now}, JAX's over axis {dim}"
             yield Hypothesis("softmax_axis", text, given(dim=dim))
+    text = f"takes a {name} over axis {now}, JAX has none here"
+    yield Hypothesis("activation", text, instead(lambda o: o["input"] * 1), True)

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jaxgrad.comparing.content import MOST, Block, agree, slack_of
-from jaxgrad.comparing.cutting import cut_at, cuttings, layers_of, parts_of
 from jaxgrad.comparing.layouts import Layout
-from jaxgrad.comparing.lookup import look_up
-from jaxgrad.comparing.orders import Unit, View, unit, views
-from jaxgrad.comparing.record import Ambiguity, Fit, Names, Record, fit_of
-from jaxgrad.comparing.settling import likeness, settle, tokens_of
+from jaxgrad.comparing.matching.content import MOST, Block, agree, slack_of
+from jaxgrad.comparing.matching.cutting import cut_at, cuttings, layers_of, parts_of
+from jaxgrad.comparing.matching.lookup import look_up
+from jaxgrad.comparing.matching.orders import Unit, View, unit, views
+from jaxgrad.comparing.matching.record import Ambiguity, Fit, Names, Record, fit_of
+from jaxgrad.comparing.matching.settling import likeness, settle, tokens_of
 
 Array = npt.NDArray[Any]
 

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxgrad.comparing.content import MOST, Differing, count, differing, share
 from jaxgrad.comparing.layouts import Layout, Piece, piece_of, put_back, whole
-from jaxgrad.comparing.orders import describe
-from jaxgrad.comparing.record import Ambiguity
-from jaxgrad.comparing.searching import Search
+from jaxgrad.comparing.matching.content import MOST, Differing, count, differing, share
+from jaxgrad.comparing.matching.orders import describe
+from jaxgrad.comparing.matching.record import Ambiguity
+from jaxgrad.comparing.matching.searching import Search
 
 Array = npt.NDArray[Any]
 Transform = Callable[[Any], Any]

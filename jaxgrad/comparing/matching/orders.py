@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxgrad.comparing.content import count
 from jaxgrad.comparing.layouts import Piece
+from jaxgrad.comparing.matching.content import count
 
 Places = npt.NDArray[np.int64]
 

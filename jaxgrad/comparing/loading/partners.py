@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrad.comparing.fitting import fits_of
-from jaxgrad.comparing.leaves import Leaf
-from jaxgrad.comparing.naming import Side, assign, scores, side_of
-from jaxgrad.comparing.torch_files import Stored
+from jaxgrad.comparing.loading.files import Stored
+from jaxgrad.comparing.loading.fitting import fits_of
+from jaxgrad.comparing.loading.leaves import Leaf
+from jaxgrad.comparing.loading.naming import Side, assign, scores, side_of
 from jaxgrad.tables import Finding
 
 _SHOWN = 8

@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from jaxgrad.comparing.fitting import (
+from jaxgrad.comparing.loading.files import Stored, read_source
+from jaxgrad.comparing.loading.fitting import (
     Custom,
     Fit,
     custom_of,
     fits_of,
     is_transposed_convolution,
 )
-from jaxgrad.comparing.leaves import Leaf, leaves_of
-from jaxgrad.comparing.naming import last_name
-from jaxgrad.comparing.partners import Pair, pairs_of
-from jaxgrad.comparing.torch_files import Stored, read_source
-from jaxgrad.comparing.verifying import jax_value, settle, torch_value
+from jaxgrad.comparing.loading.leaves import Leaf, leaves_of
+from jaxgrad.comparing.loading.naming import last_name
+from jaxgrad.comparing.loading.partners import Pair, pairs_of
+from jaxgrad.comparing.loading.verifying import jax_value, settle, torch_value
 from jaxgrad.pytrees import PyTree
 from jaxgrad.tables import Finding, Report, Table, findings_table
 

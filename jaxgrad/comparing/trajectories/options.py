@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgrad.causes import Cause
-from jaxgrad.comparing.update_rules import Array, Rule, Steps
+from jaxgrad.comparing.trajectories.rules import Array, Rule, Steps
 
 Changes = dict[str, Any]
 

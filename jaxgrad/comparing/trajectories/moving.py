@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from jaxgrad.comparing import trajectories as steps_of
 from jaxgrad.comparing.jax_side import JaxSide
 from jaxgrad.comparing.layouts import Layout, put_back
 from jaxgrad.comparing.links import added, links_of
 from jaxgrad.comparing.sides import Refused, TorchModel, in_double
 from jaxgrad.comparing.torch_side import array_of, run_torch
+from jaxgrad.comparing.trajectories import compare as steps_of
 from jaxgrad.pytrees import kind_of
 
 Array = npt.NDArray[Any]
@@ -64,7 +64,7 @@ def moves(
             return _back(layouts, leaves, shapes)
 
         return steps_of.trajectories(
-            steps_of.JaxSide(
+            steps_of.JaxMover(
                 start=leaves,
                 value_and_grad=value_and_grad,
                 unflatten=lambda leaves: _unflatten(side, leaves),
@@ -72,7 +72,7 @@ def moves(
                 to_torch=to_torch,
                 gradients_to_torch=gradients_to_torch,
             ),
-            steps_of.TorchSide(
+            steps_of.TorchMover(
                 start=start,
                 parameters=named,
                 loss=lambda: (

@@ -9,22 +9,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgrad.causes import Cause
-from jaxgrad.comparing.optimizer_options import Who, named
-from jaxgrad.comparing.optimizers import find_optimizer_causes, misfit
-from jaxgrad.comparing.running import (
+from jaxgrad.comparing.trajectories.options import Who, named
+from jaxgrad.comparing.trajectories.rules import Rule, Steps, rule_of
+from jaxgrad.comparing.trajectories.running import (
     Array,
     Arrays,
-    JaxSide,
+    JaxMover,
     JaxStep,
     Mover,
-    TorchSide,
+    TorchMover,
     jax_steps,
     names_of,
     norm,
     torch_gradients,
     torch_values,
 )
-from jaxgrad.comparing.update_rules import Rule, Steps, rule_of
+from jaxgrad.comparing.trajectories.searching import find_optimizer_causes, misfit
 
 
 class Tolerance(NamedTuple):
@@ -89,8 +89,8 @@ class Forced(NamedTuple):
 
 
 def force(
-    jax_side: JaxSide,
-    torch_side: TorchSide,
+    jax_side: JaxMover,
+    torch_side: TorchMover,
     mover: Mover,
     optimizer: Any,
     steps: int,

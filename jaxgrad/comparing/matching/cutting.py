@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxgrad.comparing.content import Block, count
 from jaxgrad.comparing.layouts import Piece
-from jaxgrad.comparing.orders import Places, Unit, unit
+from jaxgrad.comparing.matching.content import Block, count
+from jaxgrad.comparing.matching.orders import Places, Unit, unit
 
 # In how many equal parts something is cut, by shape alone; layers may be more.
 _PARTS = range(2, 9)

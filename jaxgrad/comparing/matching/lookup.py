@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxgrad.comparing.content import Block, coarser
+from jaxgrad.comparing.matching.content import Block, coarser
 
 Array = npt.NDArray[Any]
 Places = npt.NDArray[np.int64]

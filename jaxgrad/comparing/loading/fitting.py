@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxgrad.comparing.layouts import layout_text
-from jaxgrad.comparing.naming import last_name, parse
+from jaxgrad.comparing.loading.naming import last_name, parse
 
 Array = npt.NDArray[Any]
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxgrad.pytrees import PyTree
-from jaxgrad.training import _rule as update_rule
+from jaxgrad.training import update_rule
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -21,7 +21,7 @@ LEARNING_RATE = 0.01
 """That of the three optimizers that run where none is given."""
 
 
-class JaxSide(NamedTuple):
+class JaxMover(NamedTuple):
     """A loss in JAX.
 
     Attributes:
@@ -43,7 +43,7 @@ class JaxSide(NamedTuple):
     gradients_to_torch: Callable[[Arrays], Arrays]
 
 
-class TorchSide(NamedTuple):
+class TorchMover(NamedTuple):
     """A loss in PyTorch.
 
     Attributes:
@@ -114,7 +114,7 @@ def mover_of(optimizer: Any) -> Mover:
     return Mover(init, move)
 
 
-def jax_steps(side: JaxSide, mover: Mover) -> Iterator[JaxStep]:
+def jax_steps(side: JaxMover, mover: Mover) -> Iterator[JaxStep]:
     """JAX's steps, without an end."""
 
     def leaves_of(params: PyTree) -> Arrays:
@@ -140,7 +140,7 @@ def jax_steps(side: JaxSide, mover: Mover) -> Iterator[JaxStep]:
         before = after
 
 
-def torch_steps(side: TorchSide, optimizer: Any) -> Iterator[TorchStep]:
+def torch_steps(side: TorchMover, optimizer: Any) -> Iterator[TorchStep]:
     """PyTorch's steps, as people write them, without an end."""
     before = torch_values(side)
     while True:
@@ -159,7 +159,7 @@ def torch_steps(side: TorchSide, optimizer: Any) -> Iterator[TorchStep]:
         before = after
 
 
-def torch_begin(side: TorchSide, make: Callable[[list[Any]], Any]) -> Any:
+def torch_begin(side: TorchMover, make: Callable[[list[Any]], Any]) -> Any:
     """Puts the parameters where they begin, and makes an optimizer of them."""
     import torch
 
@@ -184,12 +184,12 @@ def torch_begin(side: TorchSide, make: Callable[[list[Any]], Any]) -> Any:
     return optimizer
 
 
-def torch_values(side: TorchSide) -> Arrays:
+def torch_values(side: TorchMover) -> Arrays:
     """PyTorch's parameters where they stand: copies."""
     return {name: _array(p) for name, p in side.parameters.items()}
 
 
-def torch_gradients(side: TorchSide) -> dict[str, Array | None]:
+def torch_gradients(side: TorchMover) -> dict[str, Array | None]:
     """PyTorch's gradients where the parameters stand; then it has none."""
     for p in side.parameters.values():
         p.grad = None
@@ -222,7 +222,7 @@ def _wide(arrays: Mapping[str, Array]) -> Arrays:
     }
 
 
-def names_of(side: TorchSide, optimizer: Any) -> dict[str, Any]:
+def names_of(side: TorchMover, optimizer: Any) -> dict[str, Any]:
     """The parameters that an optimizer has, each with the options of its group."""
     groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     return {

@@ -10,11 +10,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxgrad.comparing.content import MOST, Block, Sample, sample, share, uncovered
-from jaxgrad.comparing.cutting import joined, parts_of
 from jaxgrad.comparing.layouts import Layout, Piece
-from jaxgrad.comparing.orders import Places, Unit, View, describe, offsets_of, unit
-from jaxgrad.comparing.settling import Known, Label, ranks, tokens_of
+from jaxgrad.comparing.matching.content import (
+    MOST,
+    Block,
+    Sample,
+    sample,
+    share,
+    uncovered,
+)
+from jaxgrad.comparing.matching.cutting import joined, parts_of
+from jaxgrad.comparing.matching.orders import (
+    Places,
+    Unit,
+    View,
+    describe,
+    offsets_of,
+    unit,
+)
+from jaxgrad.comparing.matching.settling import Known, Label, ranks, tokens_of
 
 Array = npt.NDArray[Any]
 Names = tuple[str, ...]

@@ -19,19 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.causes import Cause
-from jaxgrad.comparing.forcing import (
+from jaxgrad.comparing.trajectories.forcing import (
     Tolerance,
     force,
     forced_causes,
     tolerance_of,
 )
-from jaxgrad.comparing.running import (
+from jaxgrad.comparing.trajectories.running import (
     LEARNING_RATE,
     Array,
-    JaxSide,
+    JaxMover,
     JaxStep,
     Mover,
-    TorchSide,
+    TorchMover,
     TorchStep,
     jax_steps,
     mover_of,
@@ -40,7 +40,7 @@ from jaxgrad.comparing.running import (
     torch_steps,
 )
 
-__all__ = ["JaxSide", "TorchSide", "Trajectory", "check_optimizers", "trajectories"]
+__all__ = ["JaxMover", "TorchMover", "Trajectory", "check_optimizers", "trajectories"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +78,8 @@ class Trajectory:
 
 
 def trajectories(
-    jax_side: JaxSide,
-    torch_side: TorchSide,
+    jax_side: JaxMover,
+    torch_side: TorchMover,
     *,
     steps: int,
     optimizer: Any = None,
@@ -165,8 +165,8 @@ class _Verdict(NamedTuple):
 
 @np.errstate(over="ignore", invalid="ignore")  # a run may overflow
 def _compare(
-    jax_side: JaxSide,
-    torch_side: TorchSide,
+    jax_side: JaxMover,
+    torch_side: TorchMover,
     movers: Mapping[str, Mover],
     make: Callable[[list[Any]], Any],
     steps: int,
@@ -229,8 +229,8 @@ def _compare(
 
 
 def _why(
-    jax_side: JaxSide,
-    torch_side: TorchSide,
+    jax_side: JaxMover,
+    torch_side: TorchMover,
     mover: Mover,
     optimizer: Any,
     steps: int,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgrad.comparing.naming import last_name
+from jaxgrad.comparing.loading.naming import last_name
 from jaxgrad.comparing.torch_side import array_of, import_torch, kept, tensors_of
 from jaxgrad.pytrees import (
     PyTree,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxgrad.causes import Cause
-from jaxgrad.comparing.optimizer_options import (
+from jaxgrad.comparing.trajectories.options import (
     ALGORITHMS,
     WHOLE,
     Changes,
@@ -25,7 +25,7 @@ from jaxgrad.comparing.optimizer_options import (
     from_scale,
     to_scale,
 )
-from jaxgrad.comparing.update_rules import WRITTEN, Array, Rule, Steps, movements
+from jaxgrad.comparing.trajectories.rules import WRITTEN, Array, Rule, Steps, movements
 
 
 def misfit(steps: Steps, rule: Rule) -> Array:
