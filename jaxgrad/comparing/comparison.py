@@ -52,6 +52,7 @@ _PARTED_NATIVELY = 3e-5
 # A gradient that is off by more than this natively, and right in float64, has lost more
 # than float32's rounding: half of its digits.
 _IMPRECISE = 3e-4
+_SMALL = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +218,8 @@ class Comparison:
         precision = self._precision(native, measures, found)
         causes += [precision] if precision else []
         causes += [blame.cause for blame in found.blames]
+        known = [cause for cause in causes if cause.kind != "unknown"]
+        causes = known or causes[:1]
         rows = [
             self._row(place, native, measures[place], found, precision)
             for place in range(len(self._links))
@@ -236,7 +239,7 @@ class Comparison:
             ok=ok,
             loss=Losses(*native.losses),
             forward=telling.module_outputs(found.both.run, parting, found.pool),
-            first_difference=first if not ok else None,
+            first_difference=None if ok else first,
             parameters=tuple(rows),
             unmatched=unmatched,
             trajectory=None,
@@ -273,7 +276,10 @@ class Comparison:
             verdict, cause = "differs", precision
         elif measure.off > NATIVE * measure.theirs:
             verdict = "rounding"
-        exact = judged.relative if found.both.wide else None
+        # What is less than so much of the whole gradient is taken for as much: of a
+        # gradient that is 0 but for rounding, no share says anything.
+        least = _SMALL * found.both.scale
+        exact = judged.off / max(judged.theirs, least) if found.both.wide else None
         return ParameterComparison(
             path=link.path,
             torch_name=link.name,

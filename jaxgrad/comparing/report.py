@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,6 +22,11 @@ _ORDER: tuple[Verdict, ...] = (
     "values", "nonfinite", "missing", "differs", "rounding", "agrees", "buffer"
 )  # fmt: skip
 _ROWS = 16
+_CAUSES = 5
+# A report's table has no more room for a layout.
+_LAYOUT = 24
+# More than float64 has, but for equal numbers.
+_ALL_DIGITS = 15.9
 
 
 class Losses(NamedTuple):
@@ -80,6 +86,7 @@ class FirstDifference:
       module: the path of the PyTorch submodule in whose lines it is; or, where it's in
         those of the whole module, of the submodule that comes next; empty if there is
         none, as in the loss function.
+      before: whether it's the submodule that comes next.
       operation: PyTorch's function: `layer_norm`.
       torch_file: where it's called.
       torch_line: its line.
@@ -92,6 +99,7 @@ class FirstDifference:
     """
 
     module: str
+    before: bool
     operation: str
     torch_file: str
     torch_line: int
@@ -177,11 +185,11 @@ class TorchComparison(Report):
     def tables(self) -> list[Table]:
         """The answer, the gradients, the forward pass, the optimizers, the rest."""
         tables = [Table(self._title(), note=self._why())]
-        tables.append(_parameters(self))
-        if not self.ok and self.forward:
-            tables.append(_forward(self))
-        if self.trajectory is not None:
-            tables.append(_trajectory(self.trajectory))
+        moved = [] if self.trajectory is None else [_trajectory(self.trajectory)]
+        parted = [_forward(self)] if self.first_difference and self.forward else []
+        bad = any(p.verdict in BAD for p in self.parameters)
+        gradients = [_parameters(self)]
+        tables += [*gradients, *parted, *moved] if bad else [*moved, *gradients]
         if self.findings:
             tables.append(findings_table(self.findings))
         return tables
@@ -191,8 +199,10 @@ class TorchComparison(Report):
         if self.ok:
             rounding = [p for p in self.parameters if p.verdict == "rounding"]
             how = f"to {self.digits:.1f} digits"
-            if rounding:
-                how += f", {len(rounding)} of {len(self.parameters)} in float64 only"
+            if self.digits >= _ALL_DIGITS:
+                how = "to the last bit"
+            elif rounding:
+                how += f" ({len(rounding)} of {len(self.parameters)} in float64 only)"
             return f"JAX and PyTorch agree {how}"
         first = self.first_difference
         values = [p for p in bad if p.verdict == "values"]
@@ -200,8 +210,10 @@ class TorchComparison(Report):
             more = f" and {len(values) - 1} more" if len(values) > 1 else ""
             return f"The parameters differ: `{values[0].path}`{more}"
         if first is not None:
-            where = f"`{first.module}`" if first.module else "the loss"
-            return f"JAX and PyTorch part at {where} ({first.operation})"
+            where = f"at `{first.module}`" if first.module else "at the loss"
+            if first.before:
+                where = f"before `{first.module}`"
+            return f"JAX and PyTorch part {where} ({first.operation})"
         if bad:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             same = "The loss agrees, the" if self._loss_agrees() else "The"
@@ -218,7 +230,9 @@ class TorchComparison(Report):
         return bool(np.isclose(self.loss.jax, self.loss.torch, rtol=1e-5, atol=0))
 
     def _why(self) -> str:
-        lines = [cause.text for cause in self.causes]
+        lines = [cause.text for cause in self.causes[:_CAUSES]]
+        if len(self.causes) > _CAUSES:
+            lines.append(f"And {len(self.causes) - _CAUSES} more causes.")
         first = self.first_difference
         if first is not None:
             at = f"PyTorch: {first.operation}"
@@ -248,10 +262,10 @@ def _parameters(report: TorchComparison) -> Table:
         [
             p.path,
             p.torch_name,
-            p.layout,
+            textwrap.shorten(p.layout, _LAYOUT, placeholder=" ..."),
             p.verdict,
             number(p.relative_error, 2),
-            "" if p.exact_error is None else number(p.exact_error, 2),
+            *([] if p.exact_error is None else [number(p.exact_error, 2)]),
         ]
         for p in shown
     ]
@@ -260,7 +274,8 @@ def _parameters(report: TorchComparison) -> Table:
         for p in ranked[len(shown) :]:
             kinds[p.verdict] = kinds.get(p.verdict, 0) + 1
         said = ", ".join(f"{n} {verdict}" for verdict, n in kinds.items())
-        rows.append([f"and {len(ranked) - len(shown)} more", "", "", said, "", ""])
+        empty = [""] * (len(rows[0]) - 4)
+        rows.append([f"and {len(ranked) - len(shown)} more", "", "", said, *empty])
     notes: list[str] = []
     for p in ranked:
         if p.verdict in BAD and p.worst is not None and len(notes) < 3:
@@ -270,13 +285,14 @@ def _parameters(report: TorchComparison) -> Table:
                 f"{number(p.worst.jax, 8)} in JAX and {number(p.worst.torch, 8)} in "
                 f"PyTorch; cosine {number(p.cosine, 4)}."
             )
+    exact = any(p.exact_error is not None for p in shown)
+    note = "error: the norm of the difference of the gradients, over that of PyTorch's"
     notes.append(
-        "error: the norm of the difference of the two gradients, over that of "
-        "PyTorch's; float64: the same when both sides run in float64."
+        f"{note}; float64: with both sides in float64." if exact else f"{note}."
     )
     return Table(
         "Gradients",
-        ["leaf", "PyTorch", "layout", "verdict", ">error", ">float64"],
+        ["leaf", "PyTorch", "layout", "verdict", ">error", *[">float64"] * exact],
         rows,
         "\n".join(notes),
     )

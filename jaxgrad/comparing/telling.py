@@ -87,6 +87,7 @@ def first_difference(
         place = place if after is None else pool.made[after].place
     return FirstDifference(
         module=module,
+        before=module != record.module,
         operation=record.function,
         torch_file=record.place.file,
         torch_line=record.place.line,
@@ -163,12 +164,13 @@ def findings_of(
         if a.settled == "layout":
             text = f"`{a.names[0]}` fits in another layout too: its numbers are alike"
             findings.append(Finding("ambiguous", a.paths[0], text))
-        elif a.settled == "order" and len(a.paths) > 1:
-            text = (
-                f"{len(a.paths)} leaves have equal numbers, from `{a.paths[0]}` on; "
-                "they were paired with PyTorch's in order"
-            )
-            findings.append(Finding("ambiguous", "", text))
+    ordered = [a for a in matches.ambiguous if a.settled == "order"]
+    if ordered:
+        text = (
+            f"{sum(len(a.paths) for a in ordered)} leaves have numbers that others "
+            f"have too, from `{ordered[0].paths[0]}` on; they were paired in order"
+        )
+        findings.append(Finding("ambiguous", "", text))
     findings += [
         Finding("not_differentiable", name, "integers have no gradient")
         for name in integers
