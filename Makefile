@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: lesson test corpus-test corpus trace-corpus lint benchmark clean
+.PHONY: lesson test corpus-test corpus trace-corpus torch-corpus lint benchmark clean
 
 # TORCH=1 installs PyTorch too, and runs it beside JAX.
 lesson: $(VENV)/lesson$(TORCH)
@@ -16,8 +16,8 @@ test: $(VENV)/dev
 
 # All losses of tests/corpus, of which `make test` takes every second one.
 corpus-test: $(VENV)/dev
-	JAXGRAD_WHOLE_CORPUS=1 $(BIN)/python -m pytest -q -n 2 \
-	  tests/test_corpus.py tests/test_check_corpus.py tests/test_tracing.py
+	JAXGRAD_WHOLE_CORPUS=1 $(BIN)/python -m pytest -q -n 2 tests/test_corpus.py \
+	  tests/test_check_corpus.py tests/test_tracing.py tests/test_torch_corpus.py
 
 # Four checkers on the corpus, side by side: about 10 minutes.
 corpus: $(VENV)/dev
@@ -26,6 +26,10 @@ corpus: $(VENV)/dev
 # trace_gradient on losses that are NaN, zero or healthy, beside jax_debug_nans.
 trace-corpus: $(VENV)/dev
 	$(BIN)/python examples/benchmarks/trace_corpus.py
+
+# compare_with_torch on right and wrong ports, beside np.allclose.
+torch-corpus: $(VENV)/dev
+	$(BIN)/python examples/benchmarks/torch_corpus.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

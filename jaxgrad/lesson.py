@@ -16,6 +16,7 @@ from jaxgrad.lesson_lines import (
     Figures,
     Pair,
     jax_figures,
+    live_comparison,
     live_torch,
     recorded_torch,
 )
@@ -134,6 +135,8 @@ def lesson(
         for pair in PAIRS
     }
     parts = tuple(_parts(comparisons, ours, theirs, options))
+    if live:
+        parts = (*parts[:-1], _compared(learning_rate), parts[-1])  # errata come last
     return Lesson(
         ok=all(part.ok for part in parts),
         torch_version=record["torch"],
@@ -380,6 +383,17 @@ def _parts(
             ],
         ),
     )
+
+
+def _compared(learning_rate: float) -> Part:
+    """The whole of both sides, by `compare_with_torch`."""
+    report = live_comparison(learning_rate)
+    text = (
+        "Line by line the two sides agree. compare_with_torch compares them whole: it "
+        "pairs the parameters by their values, and says if loss, gradients and three "
+        "steps of descent are the same. "
+    )
+    return Part("11. The whole, compared", text, (), tuple(report.tables()), report.ok)
 
 
 def _square(w: Any) -> Any:

@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from jaxgrad.comparing import TorchComparison, compare_with_torch
+
 Figures: TypeAlias = dict[str, Any]
 """What each line gives, by the line's name: a number, or nested lists of numbers."""
 
@@ -249,15 +251,37 @@ def jax_figures(**options: Any) -> Figures:
 
 
 def live_torch(**options: Any) -> dict[str, Any]:
-    """Runs PyTorch's lines: its version, the options, and the figures.
-
-    The only place where torch is imported.
-    """
+    """Runs PyTorch's lines: its version, the options, and the figures."""
     import torch
 
     version = torch.__version__.partition("+")[0]
     figures = _run("torch", {"torch": torch, **options})
     return {"torch": version, **options, "figures": figures}
+
+
+def live_comparison(learning_rate: float) -> TorchComparison:
+    """Compares the lesson's neuron with PyTorch's, whole."""
+    import jax.numpy as jnp
+    import optax
+    import torch
+
+    from jaxgrad.losses import linear_loss
+    from jaxgrad.model import LinearParams
+
+    neuron = torch.nn.Linear(3, 1)
+    neuron.weight.data = torch.tensor([[0.5, 0.4, 0.3]])
+    neuron.bias.data = torch.tensor([0.3])
+    return compare_with_torch(
+        linear_loss,
+        LinearParams(jnp.float32([[0.5, 0.4, 0.3]]), jnp.float32([0.3])),
+        jnp.float32([[1.0, 2.0, 3.0]]),
+        jnp.float32([[5.0]]),
+        module=neuron,
+        torch_loss=lambda module, x, y: torch.nn.functional.mse_loss(module(x), y),
+        steps=3,
+        optimizer=optax.sgd(learning_rate),
+        torch_optimizer=lambda ps: torch.optim.SGD(ps, lr=learning_rate),
+    )
 
 
 def recorded_torch() -> dict[str, Any]:

@@ -366,7 +366,7 @@ def _rank(run: Run, parting: Parting) -> tuple[int, float]:
     """How good a run is: how late it parts from JAX; the less, the better."""
     if not parting.bad:
         return 0, 0.0
-    return len(run.records) - parting.bad[0], len(parting.bad)
+    return len(run.records) - parting.bad[0], float(len(parting.bad))
 
 
 def counterpart(run: Run, parting: Parting, pool: Pool) -> tuple[int, Found | None]:
