@@ -53,6 +53,8 @@ _PARTED_NATIVELY = 3e-5
 # than float32's rounding: half of its digits.
 _IMPRECISE = 3e-4
 _SMALL = 1e-6
+# Gradients of two vectors that are closer than this are the same one's.
+_ALIKE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,15 +102,20 @@ class Comparison:
             for name, buffer in module.named_buffers()
             if buffer.is_floating_point()
         }
-        leaves = {name: np.asarray(leaf) for name, leaf in side.leaves.items()}
         self._findings: list[Finding] = []
-        self._matches = self._matched(leaves, mapping)
+        self._mapping = dict(mapping)
+        self._pair(mapping)
+
+    def _pair(self, mapping: Mapping[str, Any]) -> None:
+        """Pairs the leaves with PyTorch's parameters."""
+        self._matches = self._matched(mapping)
         self.layouts = self._matches.layouts
         shapes = {name: a.shape for name, a in self._parameters.items()}
         self._links = links_of(self.layouts, shapes)
         self._differing = {d.path for d in self._matches.differing}
 
-    def _matched(self, leaves: dict[str, Array], mapping: Mapping[str, Any]) -> Matches:
+    def _matched(self, mapping: Mapping[str, Any]) -> Matches:
+        leaves = {name: np.asarray(leaf) for name, leaf in self.side.leaves.items()}
         matches = match(leaves, self._parameters, mapping)
         left = {path: leaves[path] for path in matches.unmatched_leaves}
         if left and self._buffers:
@@ -124,6 +131,14 @@ class Comparison:
     def report(self, exact: bool) -> TorchComparison:
         """Compares, in float64 too where it's asked for or needed to tell."""
         native = natively(self.model, self.side)
+        by_use = self._by_gradients(native)
+        if by_use:
+            self._pair({**self._mapping, **by_use})
+            text = (
+                f"{len(by_use)} leaves, `{min(by_use)}` among them, have numbers that "
+                "others have too: they were paired by their gradients"
+            )
+            self._findings.append(Finding("ambiguous", "", text))
         measures = native.measures(self._links)
         with contextlib.ExitStack() as stack:
             both = native
@@ -136,6 +151,36 @@ class Comparison:
                     self._findings.append(Finding("float64", "", text))
             found = self._find(both)
             return self._told(native, measures, found)
+
+    def _by_gradients(self, native: Both) -> dict[str, str]:
+        """Another pairing of leaves of equal numbers, if gradients ask for it.
+
+        Which of several equal vectors is which, their contents can't tell. One that is
+        used as PyTorch's is has its gradient.
+        """
+        theirs = self.model.shown(native.theirs)
+        found: dict[str, str] = {}
+        for group in self._matches.ambiguous:
+            names = [n for n in group.names if theirs.get(n) is not None]
+            whole = set(group.paths) <= set(self.side.leaves)
+            if not whole or len(set(names)) < len(group.paths) or len(names) < 2:
+                continue
+            ours = [native.values.gradients[path].astype(float) for path in group.paths]
+            other = [np.asarray(theirs[name]).astype(float) for name in names]
+            if any(a.ndim != 1 or a.shape != ours[0].shape for a in (*ours, *other)):
+                continue
+            off = np.array(
+                [
+                    [np.linalg.norm(a - b) / (np.linalg.norm(b) or 1) for b in other]
+                    for a in ours
+                ]
+            )
+            best = off.argmin(axis=1)
+            each_has_one = len(set(best.tolist())) == len(best)
+            if np.diag(off).max() > _ALIKE >= off.min(axis=1).max() and each_has_one:
+                pairs = zip(group.paths, best.tolist(), strict=True)
+                found |= {path: names[j] for path, j in pairs}
+        return found
 
     def _needs_float64(self, native: Both, measures: Sequence[Measure]) -> bool:
         return (
