@@ -40,6 +40,7 @@ Array = npt.NDArray[Any]
 _LARGE = 100_000
 # Iterations of a scan that are opened: more layers than that are rarely stacked.
 _TURNS = 64
+_OPENED = ("scan", "cond")
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,10 +184,10 @@ def _made(frame: Frame, moving: set[int] | None, kept: Sequence[int]) -> Any:
     for number, node in enumerate(frame.graph.nodes):
         place = source_of(*node.lines)
         for v in node.outputs:
-            if v in keep and frame.values[v] is not None:
+            if v in keep and frame.graph.inexact(v):
                 moves = moving is None or v in moving
                 yield Made(frame.values[v], place, node.name, moves)
-        opened = node.name in ("scan", "cond") and all(
+        opened = node.name in _OPENED and all(
             frame.values[v] is not None for v in node.operands
         )
         if opened:
@@ -235,13 +236,20 @@ def _results(graph: Graph, *operands: Any) -> list[Any]:
 
 
 def _worth_keeping(graph: Graph, count: int, inputs: int) -> list[int]:
-    """The variables to look at: floats, but no copies of parameters."""
+    """The variables to look at: floats, no copies of parameters; and what loops get.
+
+    Without that they can't be opened.
+    """
     fed = graph.moved_by(range(count, inputs), smoothly=False)
+    given = {
+        v for node in graph.nodes if node.name in _OPENED for v in node.operands
+    }  # fmt: skip
     return [
         v
         for node in graph.nodes
         for v in node.outputs
-        if graph.inexact(v) and (v in fed or graph.avals[v].size <= _LARGE)
+        if v in given
+        or (graph.inexact(v) and (v in fed or graph.avals[v].size <= _LARGE))
     ]
 
 

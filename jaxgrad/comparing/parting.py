@@ -186,15 +186,17 @@ def _swapped(runs: Runs, done: Explained, context: Context) -> bool:
 
 
 def exchanges(parameters: Mapping[str, Any]) -> Iterator[list[tuple[str, str]]]:
-    """Pairs of parameters that may have been exchanged, module by module first."""
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    """Pairs of parameters that may have been exchanged: module by module first."""
+    inside: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, p in parameters.items():
-        path, _, own = name.rpartition(".")
-        modules.setdefault(path, {})[own] = tuple(p.shape)
-    for one, two in itertools.combinations(modules, 2):
-        if modules[one] == modules[two]:
-            dots = ("." if one else "", "." if two else "")
-            yield [(one + dots[0] + k, two + dots[1] + k) for k in modules[one]]
+        parts = name.split(".")
+        for count in range(1, len(parts)):
+            path, rest = ".".join(parts[:count]), ".".join(parts[count:])
+            inside.setdefault(path, {})[rest] = tuple(p.shape)
+    for one, two in itertools.combinations(inside, 2):
+        apart = not two.startswith(f"{one}.") and not one.startswith(f"{two}.")
+        if apart and inside[one] == inside[two]:
+            yield [(f"{one}.{rest}", f"{two}.{rest}") for rest in inside[one]]
     for one, two in itertools.combinations(parameters, 2):
         if parameters[one].shape == parameters[two].shape:
             yield [(one, two)]
@@ -372,15 +374,12 @@ def _rank(run: Run, parting: Parting) -> tuple[int, float]:
 def counterpart(run: Run, parting: Parting, pool: Pool) -> tuple[int, Found | None]:
     """The record at which two passes part, and the JAX value that is nearest to it.
 
-    It's the first that has a JAX value near it; or that all of whose inputs are found.
+    It's the first that depends on the parameters, and whose inputs that do are found.
     """
-    assert parting.bad
-    for own in parting.bad[:_CALLS]:
-        record = run.records[own]
-        near = pool.near(record.array(run.overwritten, own))
-        if near is not None:
-            return own, near
-    return parting.bad[0], None
+    own = next(
+        (i for i in parting.bad if run.records[i].tensor.requires_grad), parting.bad[0]
+    )
+    return own, pool.near(run.records[own].array(run.overwritten, own))
 
 
 def line_after(run: Run, parting: Parting, own: int, pool: Pool) -> int | None:

@@ -26,6 +26,26 @@ def convolution(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis
             if padding != o.get("padding"):
                 text = f"has padding {o.get('padding', 0)}, JAX as with {padding}"
                 yield Hypothesis("padding", text, given(padding=padding))
+        spread = o.get("dilation", 1)
+        reach = [
+            (k - 1) * (spread if isinstance(spread, int) else spread[i])
+            for i, k in enumerate(o["weight"].shape[2:])
+        ]
+        for pads in dict.fromkeys(p for p in c.paddings if len(p) == axes):
+            # PyTorch's with no padding has windows that reach over either end.
+            crops = [
+                (low - r, high - r) for (low, high), r in zip(pads, reach, strict=True)
+            ]
+
+            def cropped(o: dict[str, Any], crops: Any = tuple(crops)) -> Any:
+                flat = [n for pair in reversed(crops) for n in pair]
+                whole = {**o, "padding": 0, "output_padding": 0, "bias": None}
+                y = torch.nn.functional.pad(call_of(**whole), flat)
+                bias = o.get("bias")
+                return y if bias is None else y + bias.reshape(-1, *[1] * axes)
+
+            text = f"has padding {o.get('padding', 0)}, JAX {said(pads)} before it"
+            yield Hypothesis("padding", text, instead(cropped))
         return
     kernel = o["weight"].shape[2:]
     wider = [(k - 1) * 2 // 2 for k in kernel]
