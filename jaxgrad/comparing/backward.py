@@ -51,6 +51,7 @@ class Search:
       theirs: PyTorch's gradients with those, of frozen parameters too.
       is_wrong: says of a link's measure if it's more than rounding.
       counts: sizes that a factor may come from.
+      values_agree: whether the forward passes agree; else no gradient tells of itself.
     """
 
     def __init__(
@@ -61,7 +62,10 @@ class Search:
         theirs: Mapping[str, Array | None],
         is_wrong: Wrong,
         counts: Mapping[str, int],
+        *,
+        values_agree: bool,
     ) -> None:
+        self._values_agree = values_agree
         self.both, self.links, self.rewrites = both, links, dict(rewrites)
         self.is_wrong, self.counts = is_wrong, counts
         self.blames: list[Blame] = []
@@ -79,9 +83,14 @@ class Search:
 
     def run(self) -> list[Blame]:
         """The causes, in the order in which they were found."""
-        for step in (self._frozen, self._cuts, self._stops, self._factor, self._each):
+        for step in (self._frozen, self._cuts, self._stops, self._factor):
             if self.state.wrong:
                 step()
+        if self.state.wrong and self._values_agree:
+            self._each()
+        elif self.state.wrong:
+            text = "What is left of the difference no usual mistake explains."
+            self.blames.append(Blame(Cause("unknown", text), self.state.wrong))
         return self.blames
 
     def _take(self, cause: Cause, after: _State) -> bool:

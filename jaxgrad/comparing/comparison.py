@@ -19,7 +19,7 @@ from jaxgrad.comparing.hypotheses import Context
 from jaxgrad.comparing.jax_side import JaxSide
 from jaxgrad.comparing.judging import NATIVE, NATIVE_LOSS, SAME, Judge
 from jaxgrad.comparing.layouts import laid_out
-from jaxgrad.comparing.links import Measure, links_of
+from jaxgrad.comparing.links import Measure, links_of, opened
 from jaxgrad.comparing.matching import Matches, match
 from jaxgrad.comparing.parting import Explained, Runs, apart, explain, paddings_of
 from jaxgrad.comparing.report import (
@@ -111,7 +111,13 @@ class Comparison:
         self._matches = self._matched(mapping)
         self.layouts = self._matches.layouts
         shapes = {name: a.shape for name, a in self._parameters.items()}
-        self._links = links_of(self.layouts, shapes)
+        leaves = {name: np.asarray(leaf) for name, leaf in self.side.leaves.items()}
+        alternatives = {
+            a.paths[0]: a.alternatives
+            for a in self._matches.ambiguous
+            if a.settled == "layout"
+        }
+        self._links = opened(links_of(self.layouts, shapes), leaves, alternatives)
         self._differing = {d.path for d in self._matches.differing}
 
     def _matched(self, mapping: Mapping[str, Any]) -> Matches:
@@ -167,7 +173,7 @@ class Comparison:
                 continue
             ours = [native.values.gradients[path].astype(float) for path in group.paths]
             other = [np.asarray(theirs[name]).astype(float) for name in names]
-            if any(a.ndim != 1 or a.shape != ours[0].shape for a in (*ours, *other)):
+            if any(a.ndim > 1 or a.shape != ours[0].shape for a in (*ours, *other)):
                 continue
             off = np.array(
                 [
@@ -245,8 +251,9 @@ class Comparison:
             theirs = both.model.gradients(explained.run)
         counts = telling.counts_of(both.run)
         search = Search(
-            both, self._links, explained.rewrites, theirs, judge.wrong, counts
-        )
+            both, self._links, explained.rewrites, theirs, judge.wrong, counts,
+            values_agree=explained.whole,
+        )  # fmt: skip
         return search.run()
 
     def _told(
@@ -272,8 +279,17 @@ class Comparison:
         unmatched = Unmatched(
             self._matches.unmatched_leaves, self._matches.unmatched_names
         )
+        finite = bool(np.isfinite(native.losses).all())
+        if not finite:
+            ours, theirs = native.losses
+            text = (
+                f"The loss is {ours:g} in JAX and {theirs:g} in PyTorch, which can't "
+                "be compared: trace_gradient says where it comes from."
+            )
+            self._findings.append(Finding("nonfinite", "", text))
         ok = (
-            all(row.verdict not in BAD for row in rows)
+            finite
+            and all(row.verdict not in BAD for row in rows)
             and apart(*found.both.losses) <= found.judge.loss_bound
             and not self._left_out(native, unmatched)
         )

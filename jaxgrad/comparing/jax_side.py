@@ -128,9 +128,12 @@ class Traced:
             tree = jax.tree.structure(jax.eval_shape(evaluated, shapes))
 
             def walk(operands: Sequence[Any]) -> Any:
+                # Data too: a cast of them to fewer digits is left out on both sides.
                 values = [
-                    Value(x, x, moves=True) if place < count else still(x)
-                    for place, x in enumerate(operands)
+                    Value(x, x, moves=True)
+                    if kind_of(x) == "differentiable"
+                    else still(x)
+                    for x in operands
                 ]
                 outputs = evaluate(equations, values, Walk(notes=self.notes))
                 return jax.tree.unflatten(tree, [out.now for out in outputs])

@@ -71,10 +71,10 @@ class Runs:
 
     def parting(self, run: Run) -> Parting:
         """How far a run is found among JAX's values."""
-        found: list[Found | None] = [
-            self.pool.find(record.array(run.overwritten, own), self.tolerance)
-            for own, record in enumerate(run.records)
-        ]
+        found: list[Found | None] = []
+        for own, record in enumerate(run.records):
+            array = record.array(run.overwritten, own)
+            found.append(self.pool.find(array, self.tolerance))
         off = apart(self.loss, float(run.loss.detach()))
         if off <= self.same:
             return Parting(found, [], off)

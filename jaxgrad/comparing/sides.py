@@ -35,18 +35,20 @@ class TorchModel:
       loss: `loss(module, *args)`.
       args: tensors.
       frozen: the parameters that don't ask for gradients, as the user has them.
+      wide: whether all of it is in float64.
     """
 
     module: Any
     loss: Callable[..., Any]
     args: tuple[Any, ...]
     frozen: frozenset[str]
+    wide: bool = False
 
     def run(self, rewrites: Mapping[int, Rewrite] | None = None) -> Run:
         """One run of the loss."""
         for p in self.module.parameters():
             p.grad = None
-        return run_torch(self.module, self.loss, self.args, rewrites)
+        return run_torch(self.module, self.loss, self.args, rewrites, wide=self.wide)
 
     def gradients(self, run: Run) -> dict[str, Array | None]:
         """The gradient of each parameter; `None` where the loss doesn't depend on it.
@@ -165,7 +167,7 @@ def in_double(model: TorchModel, side: JaxSide) -> Iterator[Both]:
         try:
             to_double(model.module)
             wide = TorchModel(
-                model.module, model.loss, doubled(model.args), model.frozen
+                model.module, model.loss, doubled(model.args), model.frozen, wide=True
             )
             run = wide.run()
             if str(run.loss.dtype) != "torch.float64":

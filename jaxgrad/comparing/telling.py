@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import math
+import textwrap
 from typing import Any
 
 from jaxgrad.causes import Cause
@@ -21,6 +22,9 @@ from jaxgrad.comparing.report import Entry, FirstDifference, ModuleOutput, Unmat
 from jaxgrad.comparing.torch_side import Run
 from jaxgrad.equations import Place
 from jaxgrad.tables import Finding
+
+# So much of a line of code is shown.
+_LINE = 60
 
 
 def module_outputs(run: Run, parting: Parting, pool: Pool) -> tuple[ModuleOutput, ...]:
@@ -55,6 +59,7 @@ def _line(pool: Pool, place: Found | None) -> dict[str, Any]:
 
 def _source(place: Place) -> dict[str, Any]:
     text = linecache.getline(place.file, place.line).strip()
+    text = textwrap.shorten(text, _LINE, placeholder=" ...")
     return {"file": place.file, "line": place.line, "text": text}
 
 
@@ -107,9 +112,9 @@ def cause_of(run: Run, reason: Reason) -> Cause:
     """A reason, with the modules that it's in."""
     modules = list(dict.fromkeys(run.records[i].module for i in reason.records))
     function = run.records[reason.records[0]].function
-    where = f"`{modules[0]}` ({function})" if modules[0] else f"`{function}`"
-    more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-    return Cause(reason.kind, f"PyTorch's {where}{more} {reason.text}.")
+    more = f"; {len(modules) - 1} more like it" if len(modules) > 1 else ""
+    where = f"`{modules[0]}` ({function}{more})" if modules[0] else f"`{function}`"
+    return Cause(reason.kind, f"PyTorch's {where} {reason.text}.")
 
 
 def worst_value(matches: Matches, link: Link) -> Entry | None:

@@ -179,8 +179,11 @@ class Recorded(NamedTuple):
     tensor: Any
 
     def array(self, overwritten: Mapping[int, Any], own: int) -> Array:
-        """Its numbers, as they were when it was made."""
-        return array_of(overwritten.get(own, self.tensor))
+        """Its numbers, as they were when it was made; none inside of a vmap."""
+        try:
+            return array_of(overwritten.get(own, self.tensor))
+        except RuntimeError:
+            return np.zeros(0)
 
 
 @dataclass
@@ -213,6 +216,7 @@ def run_torch(
     rewrites: Mapping[int, Rewrite] | None = None,
     *,
     record: bool = True,
+    wide: bool = False,
 ) -> Run:
     """Runs `torch_loss(module, *args)`, within `kept`, and records each call.
 
@@ -224,6 +228,7 @@ def run_torch(
       args: its other arguments.
       rewrites: per number of a call: what is called instead.
       record: keep the tensors that were made.
+      wide: the module is in float64, and casts to fewer digits are left out.
 
     Raises:
       TypeError: the loss isn't a tensor of one real number that depends on a parameter.
@@ -250,6 +255,11 @@ def run_torch(
                 with torch.enable_grad():
                     func, args, kwargs = changes[number]((func, args, kwargs))
             name = name_of(func)
+            if wide and name in _CASTS and args[0].is_floating_point():
+                out = func(*args, **kwargs)
+                if not out.is_floating_point():
+                    return out
+                func, args, kwargs = torch.Tensor.double, args[:1], {}
             if not record or name in _PASSED_OVER:
                 return func(*args, **kwargs)
             given = [x for x in _tensors((args, kwargs)) if x.is_floating_point()]
@@ -298,6 +308,8 @@ def run_torch(
         if record:
             for path, part in module.named_modules():
                 kind = type(part).__name__
+                if isinstance(part, torch.jit.ScriptModule):
+                    continue  # it takes no hooks from outside
                 hooks += [
                     part.register_forward_pre_hook(entering(path)),
                     part.register_forward_hook(leaving(path, kind)),
@@ -334,7 +346,16 @@ def gradients_of(run: Run, tensors: Sequence[Any]) -> list[Any]:
         if "second time" in str(error):
             raise ValueError(_BACKWARD) from error
         raise
-    by_id = {id(x): g for x, g in zip(needing, got, strict=True)}
+    if all(g is None for g in got):
+        # Some graphs, a reentrant checkpoint's, only know `backward`.
+        for x in needing:
+            x.grad = None
+        run.loss.backward(retain_graph=True)
+        got = tuple(x.grad for x in needing)
+        for x in needing:
+            x.grad = None
+    dense = [g.to_dense() if g is not None and g.is_sparse else g for g in got]
+    by_id = {id(x): g for x, g in zip(needing, dense, strict=True)}
     return [by_id.get(id(x)) for x in tensors]
 
 
@@ -373,6 +394,7 @@ def _check_loss(loss: Any, module: Any, had: bool) -> None:
         )
 
 
+_CASTS = ("float", "half", "bfloat16", "to", "type", "type_as")
 _DETACHING = ("detach", "data", "detach_")
 
 

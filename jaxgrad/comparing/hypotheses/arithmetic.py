@@ -11,6 +11,7 @@ from jaxgrad.comparing.hypotheses.base import (
     Hypothesis,
     given,
     instead,
+    masks,
     named,
 )
 
@@ -72,6 +73,9 @@ def arithmetic(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]
 
 def mask(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
     """A mask, left out, or of another value."""
+    for said, other in masks(o["mask"]):
+        text = f"masks its scores, JAX {said}"
+        yield Hypothesis("mask", text, given(mask=other))
     text = "masks its scores, JAX doesn't"
     yield Hypothesis("mask", text, instead(lambda o: o["input"] * 1), True)
     for value in c.literals:

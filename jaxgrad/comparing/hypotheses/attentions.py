@@ -12,6 +12,7 @@ from jaxgrad.comparing.hypotheses.base import (
     Hypothesis,
     given,
     instead,
+    masks,
     permutations,
     rows_of,
 )
@@ -19,11 +20,23 @@ from jaxgrad.comparing.hypotheses.base import (
 
 def attention(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
     """PyTorch's scaled_dot_product_attention."""
+    import torch
+
     width = o["query"].shape[-1]
     if o.get("dropout_p"):
         text = f"drops with p={o['dropout_p']:g}, JAX doesn't"
         yield Hypothesis("train_mode", text, given(dropout_p=0.0))
-    if o.get("attn_mask") is not None or o.get("is_causal"):
+    mask = o.get("attn_mask")
+    if mask is not None:
+        for how, other in masks(mask):
+            text = f"has a mask, JAX {how}"
+            yield Hypothesis("mask", text, given(attn_mask=other))
+    if o.get("is_causal"):
+        shape = o["query"].shape[-2], o["key"].shape[-2]
+        for how, other in masks(torch.ones(shape, dtype=torch.bool).tril()):
+            text = f"has a causal mask, JAX {how}"
+            yield Hypothesis("mask", text, given(attn_mask=other, is_causal=False))
+    if mask is not None or o.get("is_causal"):
         text = "has a mask, JAX has none"
         yield Hypothesis("mask", text, given(attn_mask=None, is_causal=False))
     else:

@@ -171,6 +171,28 @@ def said(pads: Sequence[tuple[int, int]]) -> str:
     return " and ".join(f"({low}, {high})" for low, high in dict.fromkeys(pads))
 
 
+def masks(mask: Any) -> Iterator[tuple[str, Any]]:
+    """Other masks than this one, of booleans or of numbers to add."""
+    import torch
+
+    if mask.dtype == torch.bool:
+        yield "masks the others instead (the mask is inverted)", ~mask
+    if mask.dim() >= 2:
+        yield "has it shifted by one to the right", mask.roll(1, -1)
+        yield "has it shifted by one to the left", mask.roll(-1, -1)
+        size = mask.shape[-2:]
+        for diagonal in (-1, 0, 1):
+            lower = torch.ones(size, dtype=torch.bool).tril(diagonal)
+            for kept, way in ((lower, "below"), (~lower, "above")):
+                said = f"masks by what is {way} diagonal {diagonal}"
+                if mask.dtype == torch.bool:
+                    yield said, kept.expand(mask.shape)
+                else:
+                    full = torch.zeros(size, dtype=mask.dtype)
+                    full = full.masked_fill(kept, -torch.inf)
+                    yield said, full.expand(mask.shape)
+
+
 def exchanged(o: dict[str, Any]) -> Iterator[Hypothesis]:
     """Two operands of one shape, each in the other's place."""
     import torch

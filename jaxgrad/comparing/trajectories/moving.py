@@ -76,7 +76,13 @@ def moves(
                 start=start,
                 parameters=named,
                 loss=lambda: (
-                    run_torch(model.module, model.loss, model.args, record=False).loss
+                    run_torch(
+                        model.module,
+                        model.loss,
+                        model.args,
+                        record=False,
+                        wide=model.wide,
+                    ).loss
                 ),
             ),
             steps=steps,
