@@ -98,6 +98,11 @@ def multi_head(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]
         ):  # fmt: skip
             text = f"has an {which}, JAX hasn't"
             yield Hypothesis("mask", text, given(**changed))
+    for key in ("attn_mask", "key_padding_mask"):
+        if o[key] is not None:
+            for how, other in masks(o[key]):
+                text = f"has an {key}, JAX {how}"
+                yield Hypothesis("mask", text, given(**{key: other}))
     yield from _in_projection(o)
     out = o["out_proj_weight"]
     text = "multiplies by out_proj.weight, JAX by its transpose"

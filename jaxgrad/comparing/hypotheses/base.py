@@ -117,9 +117,22 @@ def given(function: Callable[..., Any] | None = None, **changed: Any) -> Any:
     def change(call: Call) -> Call:
         operands = named(call)
         assert operands is not None
-        return (function or call[0], (), {**operands, **changed})
+        return function or _by_name(call[0]), (), {**operands, **changed}
 
     return change
+
+
+def _by_name(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor's method as the function that takes its operands by name."""
+    import torch
+
+    if type(func).__name__ not in ("method_descriptor", "wrapper_descriptor"):
+        return func
+    name = name_of(func).strip("_")
+    for spelled in (name, name.removeprefix("r"), "true_divide"):
+        if hasattr(torch, spelled):
+            return getattr(torch, spelled)  # type: ignore[no-any-return]
+    return func
 
 
 def instead(make: Callable[[dict[str, Any]], Any]) -> Callable[[Call], Call]:

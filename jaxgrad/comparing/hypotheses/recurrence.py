@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxgrad.comparing.hypotheses.base import (
     Context,
     Hypothesis,
     given,
+    instead,
     own_name,
     permutations,
     rows_of,
@@ -80,6 +81,35 @@ def recurrent(name: str, o: dict[str, Any], c: Context) -> Iterator[Hypothesis]:
                 f"{turned_gates}"
             )
             yield Hypothesis("transposed", text, given(params=turned))
+    if name == "lstm" and not o["bidirectional"]:
+        text = "has sigmoid gates, JAX hard sigmoids"
+        hard = instead(lambda o: _lstm(o, torch.nn.functional.hardsigmoid))
+        yield Hypothesis("activation", text, hard)
     if o.get("train") and o.get("dropout"):
         text = f"drops with p={o['dropout']:g} (it's in train mode), JAX doesn't"
         yield Hypothesis("train_mode", text, given(train=False))
+
+
+def _lstm(o: dict[str, Any], gate: Callable[[Any], Any]) -> Any:
+    """What an LSTM gives whose gates have another activation."""
+    import torch
+
+    xs = o["input"].transpose(0, 1) if o["batch_first"] else o["input"]
+    per_layer = len(o["params"]) // o["num_layers"]
+    hs, cs = [], []
+    for layer in range(o["num_layers"]):
+        own = o["params"][layer * per_layer : (layer + 1) * per_layer]
+        w, u, *biases = own
+        h, c = (state[layer] for state in o["hx"])
+        made = []
+        for x in xs:
+            z = x @ w.T + h @ u.T + sum(biases)
+            i, f, g, out = z.chunk(4, -1)
+            c = gate(f) * c + gate(i) * g.tanh()
+            h = gate(out) * c.tanh()
+            made.append(h)
+        xs = torch.stack(made)
+        hs.append(h)
+        cs.append(c)
+    ys = xs.transpose(0, 1) if o["batch_first"] else xs
+    return ys, torch.stack(hs), torch.stack(cs)
