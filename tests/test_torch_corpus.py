@@ -18,7 +18,7 @@ SAMPLE = PORTS[::2]
 CHECKED = PORTS if os.environ.get("JAXGRAD_WHOLE_CORPUS") else SAMPLE
 
 # Those whose cause isn't found. The goal is to name 95 % of the causes.
-CAUSELESS: set[str] = set()
+CAUSELESS = {"embedding-padding_counted", "lstm-hard_sigmoid"}
 
 
 @pytest.mark.parametrize("port", CHECKED, ids=lambda port: port.name)

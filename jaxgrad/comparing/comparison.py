@@ -19,7 +19,7 @@ from jaxgrad.comparing.hypotheses import Context
 from jaxgrad.comparing.jax_side import JaxSide
 from jaxgrad.comparing.judging import NATIVE, NATIVE_LOSS, SAME, Judge
 from jaxgrad.comparing.layouts import laid_out
-from jaxgrad.comparing.links import Measure, links_of, opened
+from jaxgrad.comparing.links import Measure, links_of, opened, sampled
 from jaxgrad.comparing.matching import Matches, match
 from jaxgrad.comparing.parting import Explained, Runs, apart, explain, paddings_of
 from jaxgrad.comparing.report import (
@@ -230,7 +230,12 @@ class Comparison:
         parameters = {n: array_of(p) for n, p in both.model.module.named_parameters()}
         given = dict(self.side.leaves)
         for layout in self.layouts:
-            if both.wide or layout.path in self._differing:
+            leaf = self.side.leaves[layout.path]
+            names = [name for piece in layout.pieces for name in piece.names]
+            exact = len(names) == len(layout.pieces) and all(
+                self._parameters[name].dtype == leaf.dtype for name in names
+            )
+            if layout.path in self._differing or (both.wide and not exact):
                 given[layout.path] = laid_out(layout, parameters)
         if all(given[name] is leaf for name, leaf in self.side.leaves.items()):
             return both
@@ -358,7 +363,7 @@ class Comparison:
 
     def _further(self, place: int, native: Both, found: _Found) -> str:
         """Which side's native gradient is further from the float64 one."""
-        link = self._links[place]
+        link = sampled(self._links[place])
         if found.judge.wrong(link, found.measures[place]):
             return ""
         truth = found.both.theirs

@@ -219,6 +219,17 @@ def _pairs(
         yield piece.start, ours[link.path][piece.block], gathered(alone, theirs)
 
 
+def sampled(link: Link, most: int = 1 << 16) -> Link:
+    """The link with only the first rows of its first piece, if it's large."""
+    piece = link.pieces[0] if link.pieces else None
+    if link.added or piece is None or not piece.offsets or link.size <= most:
+        return link
+    head, *rest = piece.offsets
+    rows = max(1, most // max(1, int(np.prod([len(along) for along in rest]))))
+    few = piece._replace(offsets=(head[:rows], *rest))
+    return replace(link, pieces=(few,), others=(), free=False)
+
+
 def added(link: Link, ours: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
     """JAX's gradients, laid back and added in the parameter's layout."""
     dtype = ours[link.layouts[0].path].dtype
@@ -246,9 +257,9 @@ def _through(layout: Layout, gradient: Array, shape: tuple[int, ...]) -> Array:
 
 
 class _Total:
-    """Sums over blocks, a few rows at a time."""
+    """Sums over blocks, a few rows at a time, so that they stay in the cache."""
 
-    _AT_ONCE = 1 << 22
+    _AT_ONCE = 1 << 16
 
     def __init__(self) -> None:
         self.off = self.ours = self.theirs = self.dot = 0.0
@@ -275,15 +286,22 @@ class _Total:
             np.asarray(x).astype(np.float64, copy=False) for x in (mine, other)
         )
         with np.errstate(invalid="ignore", over="ignore"):
-            off = np.abs(mine - other)
+            off = mine - other
+            squares = [
+                float(np.vdot(a, b))
+                for a, b in ((off, off), (mine, mine), (other, other), (mine, other))
+            ]
+        self.off += squares[0]
+        self.ours += squares[1]
+        self.theirs += squares[2]
+        self.dot += squares[3]
+        if not np.isfinite(squares[1] + squares[2]):
             self.finite &= bool(np.isfinite(mine).all() and np.isfinite(other).all())
-            self.off += float(np.vdot(off, off))
-            self.ours += float(np.vdot(mine, mine))
-            self.theirs += float(np.vdot(other, other))
-            self.dot += float(np.vdot(mine, other))
-        place = int(np.argmax(np.where(np.isnan(off), np.inf, off)))
-        if self.max_error < off.flat[place] or np.isnan(off.flat[place]):
-            self.max_error = float(off.flat[place])
+        # If there is a NaN, both of these find it.
+        ends = off.argmax(), off.argmin()
+        place = int(max(ends, key=lambda at: abs(float(off.flat[at]))))
+        if not abs(off.flat[place]) <= self.max_error:
+            self.max_error = float(abs(off.flat[place]))
             index = np.unravel_index(place, off.shape)
             at = () if scalar else tuple(
                 int(i) + f for i, f in zip(index, first, strict=True)

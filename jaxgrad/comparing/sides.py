@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -95,7 +96,7 @@ class Both:
         """JAX's loss and PyTorch's."""
         return self.values.loss, float(self.run.loss.detach())
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """The norm of JAX's whole gradient."""
         return whole_norm(self.values.gradients)
