@@ -21,7 +21,14 @@ from jaxgrad.comparing.judging import NATIVE, NATIVE_LOSS, SAME, Judge
 from jaxgrad.comparing.layouts import laid_out
 from jaxgrad.comparing.links import Measure, links_of, opened, sampled
 from jaxgrad.comparing.matching import Matches, match
-from jaxgrad.comparing.parting import Explained, Runs, apart, explain, paddings_of
+from jaxgrad.comparing.parting import (
+    Explained,
+    Parting,
+    Runs,
+    apart,
+    explain,
+    paddings_of,
+)
 from jaxgrad.comparing.report import (
     BAD,
     Losses,
@@ -66,7 +73,7 @@ class _Found:
       judge: what says if two gradients differ.
       measures: how far each link's are apart.
       pool: JAX's values.
-      runs: PyTorch's runs against them.
+      parting: how far PyTorch's are found among them.
       explained: what explains the difference of the forward passes.
       blames: what explains that of the gradients.
     """
@@ -75,7 +82,7 @@ class _Found:
     judge: Judge
     measures: list[Measure]
     pool: Pool
-    runs: Runs
+    parting: Parting
     explained: Explained
     blames: list[Blame]
 
@@ -220,7 +227,7 @@ class Comparison:
                 blames = self._gradient_causes(both, explained, judge)
             elif not explained.whole:
                 explained = nothing  # constants that one side has in float32
-        return _Found(both, judge, measures, pool, runs, explained, blames)
+        return _Found(both, judge, measures, pool, nothing.parting, explained, blames)
 
     def _with_torchs_values(self, both: Both) -> Both:
         """The two sides, with PyTorch's values in place of JAX's that aren't the same.
@@ -264,7 +271,7 @@ class Comparison:
     def _told(
         self, native: Both, measures: Sequence[Measure], found: _Found
     ) -> TorchComparison:
-        parting = found.runs.parting(found.both.run)
+        parting = found.parting
         first = telling.first_difference(
             found.both.run, parting, found.pool, found.explained
         )
