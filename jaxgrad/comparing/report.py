@@ -249,8 +249,8 @@ class TorchComparison(Report):
                 lines.append("Why isn't known: no usual mistake explains it.")
             lines.append(at)
         lines.append(
-            f"Loss: {number(self.loss.jax, 8)} in JAX, "
-            f"{number(self.loss.torch, 8)} in PyTorch."
+            f"Loss: {number(self.loss.jax)} in JAX, "
+            f"{number(self.loss.torch)} in PyTorch."
         )
         return "\n".join(lines)
 
@@ -282,7 +282,7 @@ def _parameters(report: TorchComparison) -> Table:
             what = "value" if p.verdict == "values" else "gradient"
             notes.append(
                 f"{p.path}: the {what} at {list(p.worst.index)} is "
-                f"{number(p.worst.jax, 8)} in JAX and {number(p.worst.torch, 8)} in "
+                f"{number(p.worst.jax)} in JAX and {number(p.worst.torch)} in "
                 f"PyTorch; cosine {number(p.cosine, 4)}."
             )
     exact = any(p.exact_error is not None for p in shown)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import linecache
 import math
-import textwrap
 from typing import Any
 
 from jaxgrad.causes import Cause
@@ -24,7 +23,7 @@ from jaxgrad.equations import Place
 from jaxgrad.tables import Finding
 
 # So much of a line of code is shown.
-_LINE = 60
+_LINE = 72
 
 
 def module_outputs(run: Run, parting: Parting, pool: Pool) -> tuple[ModuleOutput, ...]:
@@ -59,7 +58,7 @@ def _line(pool: Pool, place: Found | None) -> dict[str, Any]:
 
 def _source(place: Place) -> dict[str, Any]:
     text = linecache.getline(place.file, place.line).strip()
-    text = textwrap.shorten(text, _LINE, placeholder=" ...")
+    text = text if len(text) <= _LINE else f"{text[: _LINE - 4]} ..."
     return {"file": place.file, "line": place.line, "text": text}
 
 

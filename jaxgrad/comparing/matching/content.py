@@ -251,12 +251,13 @@ def differing(
             slack = slack_of(piece.names, arrays)
             for tile in tiles(piece.shape):
                 small = part(piece, tile)
-                look(small.start, leaf[small.block], gathered(small, arrays), slack)
+                ours = np.asarray(leaf[small.block])
+                look(small.start, ours, gathered(small, arrays), slack)
         for block in uncovered(Block(path, (0,) * leaf.ndim, leaf.shape), pieces):
             for tile in tiles(block.shape):
                 both = zip(block.start, tile, strict=True)
                 at = tuple(slice(s + t.start, s + t.stop) for s, t in both)
-                ours = leaf[at]
+                ours = np.asarray(leaf[at])
                 look(tuple(s.start for s in at), ours, np.zeros_like(ours), 0.0)
     if not total:
         return None
