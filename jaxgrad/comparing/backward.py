@@ -166,9 +166,8 @@ class Search:
         if link.added or len(link.pieces) != 1 or theirs is None:
             return None
         piece = link.pieces[0]._replace(names=(link.name,))
-        return self.state.ours[link.path][piece.block], gathered(
-            piece, {link.name: theirs}
-        )
+        ours = np.asarray(self.state.ours[link.path][piece.block])
+        return ours, gathered(piece, {link.name: theirs})
 
     def _factor(self) -> None:
         """One factor in all gradients: of the loss, or of what flows into it."""

@@ -19,7 +19,7 @@ from jaxgrad.comparing.hypotheses import Context
 from jaxgrad.comparing.jax_side import JaxSide
 from jaxgrad.comparing.judging import NATIVE, NATIVE_LOSS, SAME, Judge
 from jaxgrad.comparing.layouts import laid_out
-from jaxgrad.comparing.links import Measure, links_of, opened, sampled
+from jaxgrad.comparing.links import Link, Measure, links_of, opened, sampled
 from jaxgrad.comparing.matching import Matches, match
 from jaxgrad.comparing.parting import (
     Explained,
@@ -173,15 +173,19 @@ class Comparison:
         """
         theirs = self.model.shown(native.theirs)
         found: dict[str, str] = {}
-        for group in self._matches.ambiguous:
-            names = [n for n in group.names if theirs.get(n) is not None]
-            whole = set(group.paths) <= set(self.side.leaves)
-            if not whole or len(set(names)) < len(group.paths) or len(names) < 2:
+        groups: dict[Any, list[Link]] = {}
+        for link in self._links:
+            leaf = self.side.leaves.get(link.path)
+            if leaf is not None and leaf.ndim < 2 and leaf.shape == link.torch_shape:
+                contents = leaf.shape, np.asarray(leaf).tobytes()
+                groups.setdefault(contents, []).append(link)
+        for group in groups.values():
+            paths = [link.path for link in group]
+            names = [link.name for link in group if theirs.get(link.name) is not None]
+            if len(set(names)) < len(paths) or len(set(paths)) < 2:
                 continue
-            ours = [native.values.gradients[path].astype(float) for path in group.paths]
+            ours = [native.values.gradients[path].astype(float) for path in paths]
             other = [np.asarray(theirs[name]).astype(float) for name in names]
-            if any(a.ndim > 1 or a.shape != ours[0].shape for a in (*ours, *other)):
-                continue
             off = np.array(
                 [
                     [np.linalg.norm(a - b) / (np.linalg.norm(b) or 1) for b in other]
@@ -191,7 +195,7 @@ class Comparison:
             best = off.argmin(axis=1)
             each_has_one = len(set(best.tolist())) == len(best)
             if np.diag(off).max() > _ALIKE >= off.min(axis=1).max() and each_has_one:
-                pairs = zip(group.paths, best.tolist(), strict=True)
+                pairs = zip(paths, best.tolist(), strict=True)
                 found |= {path: names[j] for path, j in pairs}
         return found
 

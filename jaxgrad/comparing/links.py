@@ -94,7 +94,7 @@ def opened(
     """The links, with what their contents leave open."""
 
     def plain(link: Link) -> bool:
-        blocks = [leaves[link.path][p.block] for p in link.pieces]
+        blocks = [np.asarray(leaves[link.path][p.block]) for p in link.pieces]
         flat = [b.ravel() for b in blocks if b.size]
         return bool(flat) and all((b == flat[0][0]).all() for b in flat)
 
@@ -216,7 +216,8 @@ def _pairs(
         return
     for piece in link.pieces:
         alone = piece._replace(names=(link.name,))
-        yield piece.start, ours[link.path][piece.block], gathered(alone, theirs)
+        mine = np.asarray(ours[link.path][piece.block])
+        yield piece.start, mine, gathered(alone, theirs)
 
 
 def sampled(link: Link, most: int = 1 << 16) -> Link:
@@ -240,7 +241,8 @@ def added(link: Link, ours: Mapping[str, Array], shape: tuple[int, ...]) -> Arra
         for piece in layout.pieces:
             if link.name in piece.names:
                 alone = piece._replace(names=(link.name,))
-                put_back(alone, ours[layout.path][piece.block], into)
+                block = np.asarray(ours[layout.path][piece.block])
+                put_back(alone, block, into)
     return into[link.name]
 
 

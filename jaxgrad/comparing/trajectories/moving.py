@@ -105,7 +105,7 @@ def _back(
             alone = len(piece.names) == 1 and layout.transform is None
             if not alone or filled.get(name, 0) >= int(np.prod(shapes.get(name, (0,)))):
                 continue
-            block = leaves[layout.path][piece.block]
+            block = np.asarray(leaves[layout.path][piece.block])
             into.setdefault(name, np.zeros(shapes[name], block.dtype))
             put_back(piece, block, into)
             filled[name] = filled.get(name, 0) + block.size
