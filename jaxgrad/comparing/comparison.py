@@ -336,7 +336,6 @@ class Comparison:
         cause = next((b.cause for b in found.blames if place in b.links), None)
         explained = found.explained.reasons
         verdict: Verdict = "agrees"
-        shown = measure
         if set(link.path.split(" + ")) & self._differing:
             verdict, cause = "values", _VALUES
         elif not measure.finite:
@@ -362,11 +361,11 @@ class Comparison:
             torch_name=link.name,
             layout=link.text,
             verdict=verdict,
-            max_error=shown.max_error,
-            relative_error=shown.relative,
-            ulps=shown.ulps,
-            cosine=shown.cosine,
-            worst=telling.worst_value(self._matches, link) or shown.worst,
+            max_error=measure.max_error,
+            relative_error=measure.relative,
+            ulps=measure.ulps,
+            cosine=measure.cosine,
+            worst=telling.worst_value(self._matches, link) or measure.worst,
             exact_error=exact,
             further=self._further(place, native, found) if exact is not None else "",
             cause=cause,
@@ -433,8 +432,6 @@ _VALUES = Cause(
 
 def _low_precision(side: JaxSide) -> str:
     """The dtype and line of a product in fewer digits than the leaves have."""
-    if any(leaf.dtype.itemsize < 4 for leaf in side.leaves.values()):
-        return ""
     for eqn in side.equations():
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
             dtype = eqn.invars[0].aval.dtype

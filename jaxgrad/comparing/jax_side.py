@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -81,8 +82,6 @@ class Traced:
     Attributes:
       graph: its equations.
       wide: whether it is computed in float64.
-      clean: whether its constants are in float64 too.
-      notes: the equations that could not be computed in float64.
     """
 
     def __init__(
@@ -98,7 +97,6 @@ class Traced:
         self.graph: Graph = _without(graph_of(closed), through)
         self._closed, self._names = closed, names
         self.wide = wide
-        self.notes: list[str] = []
         self._count = count
         self._operands = list(operands)
         self._kept = _worth_keeping(self.graph, count, len(operands))
@@ -108,7 +106,6 @@ class Traced:
             for v in self.graph.moved_by(range(count), smoothly=True)
             if self.graph.inexact(v)
         )
-        self.clean = wide and not narrow
 
         def evaluated(operands: Sequence[Any]) -> Any:
             one = jnp.ones(aval.shape, aval.dtype)
@@ -135,7 +132,7 @@ class Traced:
                     else still(x)
                     for x in operands
                 ]
-                outputs = evaluate(equations, values, Walk(notes=self.notes))
+                outputs = evaluate(equations, values, Walk())
                 return jax.tree.unflatten(tree, [out.now for out in outputs])
 
             function = walk
@@ -331,11 +328,7 @@ class JaxSide:
                 for eqn in equations(self._closed)
             )
             if not random:
-                arrays = self._placed(values, fixed)
-                operands = Operands(
-                    arrays, self._operands.static, self._operands.names,
-                    self._operands.chosen,
-                )  # fmt: skip
+                operands = replace(self._operands, arrays=self._placed(values, fixed))
                 try:
                     with jax.disable_jit(False):
                         closed = self._trace(operands)

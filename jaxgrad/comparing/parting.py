@@ -19,15 +19,13 @@ from jaxgrad.comparing.torch_side import Call, Rewrite, Run, array_of, name_of
 Array = npt.NDArray[Any]
 
 # So many causes are looked for, one after the other; so many calls are looked at for
-# each; and so many runs of PyTorch are made to test those whose result tells nothing.
-_ROUNDS = 12
-_CLOSELY = 1e-7
-_SAME = 1e-9
-_PAIRS = 64
+# each; and so many runs of PyTorch are made to test those whose result tells nothing,
+# and so many to test parameters in each other's place.
+_ROUNDS, _CALLS, _BLIND, _PAIRS = 12, 40, 12, 64
 # How many calls that use a changed one's result are made again, to find it in JAX.
 _AHEAD = 4
-_CALLS = 40
-_BLIND = 12
+# In float64: what a right hypothesis may be off by, and two losses that are the same.
+_CLOSELY, _SAME = 1e-7, 1e-9
 
 
 class Parting(NamedTuple):

@@ -166,8 +166,7 @@ class Recorded(NamedTuple):
       place: the line of the user's that called it.
       inputs: the recorded tensors, by their places in the list, that it was made of.
       parameters: the module's parameters that it was given.
-      tensor: the result, in its graph.
-      kept: its numbers as they were when it was made, where they've been overwritten.
+      tensor: the result, in its graph; `array` has its numbers when it was made.
     """
 
     number: int
