@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import jaxgrad
 from jaxgrad import compare_with_torch
 
 
@@ -837,3 +838,15 @@ def test_losses_of_jax_that_can_not_be_compared():
             lambda p, x, y: loss(port(network()), x, y),
             [{"w": jnp.ones((5, 3), jnp.complex64)}],
         )
+
+
+def test_the_report_is_made_of_public_types():
+    report = compared(lambda *operands: 2 * loss(*operands), steps=2)
+    assert isinstance(report, jaxgrad.TorchComparison)
+    assert isinstance(report.first_difference, jaxgrad.FirstDifference)
+    assert isinstance(report.trajectory, jaxgrad.Trajectory)
+    assert all(isinstance(out, jaxgrad.ModuleOutput) for out in report.forward)
+    assert len(report.forward) == len(list(network().modules()))
+    parameters = report.parameters
+    assert all(isinstance(p, jaxgrad.ParameterComparison) for p in parameters)
+    assert len(parameters) == len(list(network().parameters()))

@@ -18,8 +18,12 @@ import torch
 from flax import nnx
 from torch import nn
 
-from jaxgrad import LinearParams
-from jaxgrad.comparing.loading import LoadedParameters, load_torch_parameters
+from jaxgrad import (
+    LinearParams,
+    LoadedParameter,
+    LoadedParameters,
+    load_torch_parameters,
+)
 
 
 def seeded(make):
@@ -115,6 +119,7 @@ def test_every_source_gives_the_same(form, tmp_path):
     source = as_source(module.state_dict(), form, tmp_path)
     loaded = load_torch_parameters(source, plain_like(3, 8, 5, 2))
     assert isinstance(loaded, LoadedParameters)
+    assert all(isinstance(row, LoadedParameter) for row in loaded.parameters)
     assert ("unwrapped" in kinds(loaded)) == (form == "checkpoint.pt")
     assert layouts(loaded)["w1"] == ("0.weight", "transposed", "shape")
     assert layouts(loaded)["b3"] == ("4.bias", "as it is", "shape")
@@ -912,7 +917,7 @@ def test_without_pytorch(tmp_path):
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "import numpy as np\n"
-        "from jaxgrad.comparing.loading import load_torch_parameters as load\n"
+        "from jaxgrad import load_torch_parameters as load\n"
         "like = {'w': np.zeros(2)}\n"
         f"print(load({str(tmp_path / 'a.safetensors')!r}, like).params['w'])\n"
         f"load({str(tmp_path / 'a.pt')!r}, like)"
