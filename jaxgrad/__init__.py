@@ -29,9 +29,10 @@ from jaxgrad.pictures import plot_descent, plot_gradient_flow, plot_tangent
 from jaxgrad.sgd import SGDState, init_sgd, sgd_update
 from jaxgrad.tables import Finding
 from jaxgrad.tracing import GradientTrace, Output, Step, trace_gradient
-from jaxgrad.training import TrainResult, TrainState, train
+from jaxgrad.training import BatchError, TrainResult, TrainState, train
 
 __all__ = [
+    "BatchError",
     "Block",
     "DeadEntries",
     "DifferenceTable",

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from jaxgrad.placing import Layout, keep, several_devices, spread_layouts
 from jaxgrad.pytrees import (
     Loss,
     PyTree,
@@ -77,7 +78,8 @@ def value_and_grad(loss: Loss, has_aux: bool = False) -> Callable[..., Any]:
     Returns:
       A function `(params, *args) -> (value, gradient)`, or, with `has_aux`,
       `-> ((value, aux), gradient)`. `value` has shape `()`; `gradient` has the
-      structure, shapes and dtypes of `params`, with `None` for static and fixed leaves.
+      structure, shapes, dtypes and sharding of `params`, with `None` for static and
+      fixed leaves.
 
     Raises:
       TypeError: (when called) a leaf of `params` is an array of integers, booleans or
@@ -117,8 +119,12 @@ def _differentiated(
     loss: Loss, has_aux: bool, *, with_value: bool
 ) -> Callable[..., Any]:
     def build(get_loss: Callable[[], Loss]) -> _Compiled:
-        def derivative(params: PyTree, args: tuple[Any, ...]) -> Any:
+        def derivative(
+            params: PyTree, args: tuple[Any, ...], layouts: tuple[Layout, ...] = ()
+        ) -> Any:
             value, aux, gradient = differentiate(get_loss(), params, args, has_aux)
+            if layouts:
+                gradient = keep(gradient, layouts)
             if with_value:
                 return ((value, aux) if has_aux else value), gradient
             return (gradient, aux) if has_aux else gradient
@@ -139,7 +145,8 @@ def _differentiated(
             )
         if not operands:
             raise TypeError("Call it as (params, *args): params is missing.")
-        if compiled.only_arrays:
+        layouts = spread_layouts(operands[0]) if several_devices() else ()
+        if compiled.only_arrays and not layouts:
             try:
                 return fast(*operands)
             except _NotOnlyArrays:
@@ -148,7 +155,8 @@ def _differentiated(
                 if all(map(is_array, jax.tree.leaves(operands))):
                     raise
             compiled.only_arrays = False
-        return compiled.general(*split_static((as_params(operands[0]), *operands[1:])))
+        params, *args = operands
+        return compiled.general(*split_static((as_params(params), *args, layouts)))
 
     return derivative  # `__wrapped__` keeps the loss alive as long as this function
 
@@ -161,17 +169,20 @@ class _Compiled:
     """One derivative of one loss, compiled in two ways.
 
     `fast` is a bare `jax.jit`, with nothing done per call: for arguments that are all
-    arrays. `general` is keyed on the static leaves as well. `only_arrays` says whether
-    `fast` has been enough so far.
+    arrays. `general` is keyed on the static leaves as well, and on the layouts of
+    parameters that are spread over devices, which the gradient's leaves have too.
+    `only_arrays` says whether `fast` has been enough so far.
     """
 
-    def __init__(self, derivative: Callable[[PyTree, tuple[Any, ...]], Any]) -> None:
+    def __init__(self, derivative: Callable[..., Any]) -> None:
         self.only_arrays = True
         self.fast = jax.jit(_only_arrays(derivative))
-        self.general = jit_general(lambda tree: derivative(tree[0], tree[1:]))
+        self.general = jit_general(
+            lambda tree: derivative(tree[0], tree[1:-1], tree[-1])
+        )
 
 
-def _only_arrays(derivative: Callable[[PyTree, tuple[Any, ...]], Any]) -> Any:
+def _only_arrays(derivative: Callable[..., Any]) -> Any:
     def traced(params: PyTree, *args: Any) -> Any:
         # jit has made tracers of Python numbers and flags; they show as weakly typed
         # scalars or as single booleans. A few arrays do too; `general` takes them.

@@ -421,7 +421,7 @@ def test_a_state_of_another_run():
     with pytest.raises(ValueError, match=r"`state.params.weight` should be float32 of"):
         run(state=other)
     with pytest.raises(
-        ValueError, match=r"`state.optimizer.*same params and optimizer"
+        ValueError, match=r"`state.optimizer.*same arguments"
     ):
         run(state=run(1, "adam").state)
     wider = jaxgrad.init_linear(jax.random.key(0), 5, 2)

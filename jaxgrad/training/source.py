@@ -1,0 +1,188 @@
+"""Batches from an iterable: looked through one by one, and laid on the devices."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxgrad.placing import Layout, layout_of, on_one_mesh
+from jaxgrad.pytrees import PyTree, is_array, kind_of, leaf_name
+from jaxgrad.training.rows import (
+    Part,
+    count_rows,
+    devices_of_rows,
+    even_parts,
+    per_leaf,
+    uneven,
+    whole_rows,
+)
+
+
+class Trouble(Exception):
+    """What is wrong with the batches; becomes a `BatchError` with the run so far."""
+
+
+@dataclass(frozen=True)
+class Laying:
+    """How batches are looked through and laid.
+
+    Attributes:
+      before: how many arguments the loss has before a batch's.
+      axes: a prefix of the batch, with the axis of the rows.
+      layout: a prefix of the batch, with the layouts of its arrays; or `None`.
+      like: arrays to whose devices go those without a layout.
+      drop_last: whether a batch of fewer rows than the first is left out.
+      weighted: whether rows that don't divide over the devices are a part of their own.
+      several: whether the arrays span processes, of which each gives its own rows.
+    """
+
+    before: int
+    axes: PyTree
+    layout: PyTree
+    like: PyTree
+    drop_last: bool
+    weighted: bool
+    several: bool
+
+    def names(self, batch: tuple[Any, ...]) -> list[tuple[str, Any]]:
+        """A batch's leaves with their names among the loss's arguments."""
+        return [
+            (leaf_name(path[1:], f"args[{self.before + path[0].idx}]"), leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+        ]
+
+
+class Ready(NamedTuple):
+    """A batch on its devices: its parts, how many rows it has, and its shapes."""
+
+    name: str
+    parts: list[Part]
+    rows: int
+    shapes: dict[str, tuple[int, ...]]
+
+
+def ready_batches(batches: Iterable[Any], laying: Laying) -> Iterator[Ready]:
+    """The batches, each on its devices.
+
+    Raises:
+      Trouble: the iterable raises, or a batch isn't like the first one, can't be
+        taken, or doesn't divide over the devices.
+    """
+    stock = iter(batches)
+    first: tuple[str, Any] | None = None
+    most = 0
+    for place in itertools.count():
+        name = f"batches[{place}]"
+        try:
+            batch = next(stock)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise Trouble(
+                f"the iterable raised {type(error).__name__} where {name} was due: "
+                f"{error}"
+            ) from error
+        batch = _arrays(name, batch)
+        first = first or (name, batch)
+        _compare(laying, first, (name, batch))
+        ready = _laid(laying, name, batch)
+        most = max(most, ready.rows)
+        if not (laying.drop_last and ready.rows < most):
+            yield ready
+
+
+def _arrays(name: str, batch: Any) -> tuple[Any, ...]:
+    """The batch as a tuple, with other libraries' arrays as NumPy's."""
+    if not isinstance(batch, tuple | list):
+        raise Trouble(
+            f"{name} is a {type(batch).__name__}; a tuple of the loss's arguments was "
+            "expected: (x, y), or (x,) if there is one"
+        )
+    try:
+        return tuple(
+            jax.tree.map(
+                lambda x: np.asarray(x) if kind_of(x) == "foreign" else x, list(batch)
+            )
+        )
+    except Exception as error:
+        raise Trouble(f"{name} has an array that NumPy can't take: {error}") from error
+
+
+def _compare(laying: Laying, first: tuple[str, Any], second: tuple[str, Any]) -> None:
+    """Says in what a batch differs from the first, but for the lengths of axes."""
+    (begin, before), (name, now) = first, second
+    old, new = ({leaf: _words(x) for leaf, x in laying.names(b)} for b in (before, now))
+    for leaf in [*old, *new]:
+        if old.get(leaf) != new.get(leaf):
+            raise Trouble(
+                f"{name} isn't like {begin}: leaf `{leaf}` is "
+                f"{new.get(leaf, 'absent')}, and was {old.get(leaf, 'absent')}"
+            )
+    was, structure = (str(jax.tree.structure(b)) for b in (before, now))
+    if structure != was:
+        raise Trouble(
+            f"{name} isn't like {begin}: its structure is {structure}, and was {was}"
+        )
+
+
+def _words(leaf: Any) -> str:
+    if not is_array(leaf):
+        return f"a {type(leaf).__name__}"
+    return f"an array of {leaf.dtype} with {leaf.ndim} axes"
+
+
+def _laid(laying: Laying, name: str, batch: tuple[Any, ...]) -> Ready:
+    """A batch on its devices, in parts whose rows divide over them."""
+    named = laying.names(batch)
+    shapes = {leaf: x.shape for leaf, x in named if is_array(x)}
+    if laying.layout is None and not laying.drop_last:
+        return Ready(name, [Part(1, on_one_mesh(batch, laying.like))], 0, shapes)
+    try:
+        axes = per_leaf(laying.axes, batch, "batch_axes")
+        layouts = per_leaf(laying.layout, batch, "batch_sharding")
+        count, found = count_rows(named, axes)
+    except ValueError as error:
+        raise Trouble(f"{name}: {error}") from error
+    count = count or 1
+    devices = devices_of_rows(found, layouts)
+    sizes = even_parts(count, devices)
+    if laying.several:  # together they must divide
+        devices //= np.gcd(devices, jax.process_count())
+        sizes = [count]
+    if any(size % devices for size in sizes) and (
+        laying.several or not laying.weighted
+    ):
+        raise Trouble(uneven(name, count, devices))
+    leaves, treedef = jax.tree.flatten(batch)
+    parts, start = [], 0
+    for size in sizes:
+        lay = _lay_rows(slice(start, start + size), size % devices > 0, laying.several)
+        part = jax.tree.unflatten(treedef, map(lay, leaves, found, layouts))
+        parts.append(Part(size, on_one_mesh(part, laying.like)))
+        start += size
+    return Ready(name, parts, count, shapes)
+
+
+def _lay_rows(rows: slice, odd: bool, several: bool) -> Callable[..., Any]:
+    """Cuts rows out of an array and lays them; on all devices whole, if they're odd."""
+
+    def lay(leaf: Any, axis: int | None, layout: Layout) -> Any:
+        if not is_array(leaf):
+            return leaf
+        if axis is not None and rows != slice(0, leaf.shape[axis]):
+            leaf = leaf[(slice(None),) * axis + (rows,)]
+        if layout is None or layout_of(leaf):
+            return leaf
+        if several:
+            local = np.asarray(leaf)
+            return jax.make_array_from_process_local_data(layout, local)  # type: ignore[no-untyped-call]
+        if axis is not None and odd:
+            layout = whole_rows(layout, axis)
+        return jax.device_put(leaf, layout)
+
+    return lay
