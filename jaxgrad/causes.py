@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,21 +78,91 @@ def find_cause(
     who = f"The gradient of `{name}`"
     pair = _Pair(who, claimed, reference, noise)
     others = other_claimed or {}, other_reference or {}
-    for guesses in (
-        _simple(pair, others, _multiples(counts or {})),
-        _missing(pair, contributions),
-    ):
-        loose = None
-        for guess in guesses:
-            if guess.residual <= noise * guess.size:
-                return Cause(guess.kind, f"{who} {guess.text}.")
-            near = guess.loosely and guess.residual <= pair.near(guess.size)
-            loose = guess if near and loose is None else loose
-        if loose is not None:
-            left = f"{100 * loose.residual / pair.off_norm:.1g} %"
-            text = f"{who} {loose.text} (which leaves {left} unexplained)."
-            return Cause(loose.kind, text)
-    return Cause("unknown", f"{who} {_unknown(pair)}.")
+    return (
+        _first(who, pair, _simple(pair, others, _multiples(counts or {})))
+        or _first(who, pair, _missing(pair, contributions))
+        or Cause("unknown", f"{who} {_unknown(pair)}.")
+    )
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A claimed gradient and the right one, by sums over all of their entries.
+
+    Attributes:
+      our_norm, right_norm, off_norm: the 2-norms of both, and of their difference.
+      size: how many entries there are.
+      nonzero: how many aren't zero in both.
+      noise: the uncertainty of the numbers, as a share of their 2-norm.
+      factor, unlike: what brings the right one closest, and the 2-norm of the rest.
+      shift, uneven: what is added to each entry, and the 2-norm of the rest.
+      wrong: how many entries are wrong, if that is known.
+      others_off: the 2-norm of the other entries' errors.
+      worst: the worst entry: its index, the number claimed, the right one.
+      elsewhere: by the name of another leaf, the 2-norm of what its claimed gradient
+        differs by from the right one of this.
+      whole: whether these are all of the entries, or a sample.
+      unit: what all numbers are multiples of.
+    """
+
+    our_norm: float
+    right_norm: float
+    off_norm: float
+    size: int
+    nonzero: int
+    noise: float
+    factor: float
+    unlike: float
+    shift: float
+    uneven: float
+    wrong: int | None
+    others_off: float
+    worst: tuple[tuple[int, ...], float, float] | None
+    elsewhere: Mapping[str, float]
+    whole: bool
+    unit: float = 1.0
+
+    def near(self, size: float) -> float:
+        """As for whole gradients."""
+        return _bulk(self.size) * min(self.off_norm, size)
+
+
+def find_cause_by_sums(
+    name: str, sums: Sums, *, counts: Mapping[str, int] | None = None
+) -> Cause:
+    """As `find_cause`, of gradients that are too large, or too far apart, to be held.
+
+    What takes the whole of them, such as another order of the entries, isn't tried.
+    """
+    who = f"The gradient of `{name}`"
+    found = _first(who, sums, _by_sums(sums, _multiples(counts or {})))
+    if found is not None:
+        return found
+    if not sums.right_norm:
+        text = "should be zero, and isn't"
+    else:
+        part = 100 * sums.off_norm / sums.right_norm
+        text = f"differs by {part:.3g} % of its norm, and no simple cause fits"
+    return Cause("unknown", f"{who} {text}.")
+
+
+def _by_sums(s: Sums, multiples: Mapping[int, str]) -> Iterator[_Guess]:
+    """The hypotheses that sums can test, the simplest first."""
+    yield _zero(s, s.whole and s.our_norm <= s.noise * s.right_norm)
+    if s.right_norm:
+        text = _times(s, s.factor, s.unlike, s.our_norm, multiples)
+        kind = "sign" if text == "of the wrong sign" else "factor"
+        yield _Guess(kind, f"is {text}", s.unlike, s.our_norm)
+    for other, gap in s.elsewhere.items():
+        yield _Guess("swapped", f"stands under `{other}`", gap, s.right_norm)
+    if s.wrong and s.worst and s.wrong <= s.nonzero // 2:
+        index, ours, right = s.worst
+        text = (
+            f"is wrong in {s.wrong} of {s.size} entries, and right in the others: "
+            f"{list(index)} is {ours:.6g} and should be {right:.6g}"
+        )
+        yield _Guess("entries", text, s.others_off, s.right_norm)
+    yield _constant(s, s.shift, s.uneven)
 
 
 class _Guess(NamedTuple):
@@ -104,6 +174,21 @@ class _Guess(NamedTuple):
     size: float
     loosely: bool = True
     """Says if 99 % is enough."""
+
+
+def _first(who: str, p: _Pair | Sums, guesses: Iterable[_Guess]) -> Cause | None:
+    """The first guess that fits; else the first that explains the bulk."""
+    loose = None
+    for guess in guesses:
+        if guess.residual <= p.noise * guess.size:
+            return Cause(guess.kind, f"{who} {guess.text}.")
+        near = guess.loosely and guess.residual <= p.near(guess.size)
+        loose = guess if near and loose is None else loose
+    if loose is None:
+        return None
+    left = f"{100 * loose.residual / p.off_norm:.1g} %"
+    text = f"{who} {loose.text} (which leaves {left} unexplained)."
+    return Cause(loose.kind, text)
 
 
 class _Pair:
@@ -136,12 +221,10 @@ class _Pair:
     def near(self, size: float) -> float:
         """How much may be left if a hypothesis is to explain the bulk.
 
-        A hundredth of the difference, whatever its cause, and of the numbers too: a
-        tiny gradient is a hundredth of the right one without being a multiple of it.
-        Of a handful of numbers one in a hundred fits by chance, so there it's less.
+        A share of the difference, whatever its cause, and of the numbers too: a tiny
+        gradient is a hundredth of the right one without being a multiple of it.
         """
-        share = 1e-2 if self.right.size > 5 else 1e-4
-        return share * min(self.off_norm, size)
+        return _bulk(self.right.size) * min(self.off_norm, size)
 
     def part(self, array: Array) -> Array:
         """The entries of an array where the reference is known."""
@@ -155,6 +238,14 @@ class _Pair:
         flat = np.zeros(self.claimed.size, part.dtype)
         flat[self.known] = part
         return flat.reshape(self.claimed.shape)
+
+
+def _bulk(count: int) -> float:
+    """What may be left, as a share.
+
+    Of a handful of numbers one in a hundred fits by chance, so there it's less.
+    """
+    return 1e-2 if count > 5 else 1e-4
 
 
 def _norm(array: Array) -> float:
@@ -175,9 +266,7 @@ def _simple(p: _Pair, others: Others, multiples: Mapping[int, str]) -> Iterator[
     enough = p.right.size > 1 or p.claimed.size == 1
     none = _norm(p.claimed) <= p.noise * p.right_norm
     if enough or none:
-        what = "missing altogether" if none else "zero wherever it was measured"
-        text = f"is {what}, and its norm should be {p.right_norm * p.unit:.3g}"
-        yield _Guess("zero", text, p.our_norm, p.right_norm, loosely=False)
+        yield _zero(p, none)
     one_way, both_ways = _swapped(p, others)
     if not enough:
         yield from both_ways
@@ -197,8 +286,18 @@ def _simple(p: _Pair, others: Others, multiples: Mapping[int, str]) -> Iterator[
             yield from _rearranged(p, multiples)
             yield from _entries(p)
     shift = float(np.mean(p.off))
+    yield _constant(p, shift, _norm(p.off - shift))
+
+
+def _zero(p: _Pair | Sums, none: bool) -> _Guess:
+    what = "missing altogether" if none else "zero wherever it was measured"
+    text = f"is {what}, and its norm should be {p.right_norm * p.unit:.3g}"
+    return _Guess("zero", text, p.our_norm, p.right_norm, loosely=False)
+
+
+def _constant(p: _Pair | Sums, shift: float, left: float) -> _Guess:
     text = f"is off by a constant: {shift * p.unit:.6g} is added to every entry"
-    yield _Guess("offset", text, _norm(p.off - shift), max(p.our_norm, p.right_norm))
+    return _Guess("offset", text, left, max(p.our_norm, p.right_norm))
 
 
 def _multiples(counts: Mapping[str, int]) -> dict[int, str]:
@@ -214,7 +313,11 @@ def _multiples(counts: Mapping[str, int]) -> dict[int, str]:
 
 
 def _times(
-    p: _Pair, factor: float, left: float, size: float, multiples: Mapping[int, str]
+    p: _Pair | Sums,
+    factor: float,
+    left: float,
+    size: float,
+    multiples: Mapping[int, str],
 ) -> str:
     """Says a factor in words: by a name that fits as well as the number does."""
     slack = max(p.noise * size, left) / p.right_norm

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxgrad.placing import Layout, keep, several_devices, spread_layouts
+from jaxgrad.placing import Layout, check_devices, keep, layout_of, several_devices
 from jaxgrad.pytrees import (
     Loss,
     PyTree,
@@ -21,6 +21,7 @@ from jaxgrad.pytrees import (
     combine,
     function_name,
     is_array,
+    kind_of,
     loss_and_aux,
     merge_static,
     operand_name,
@@ -84,7 +85,8 @@ def value_and_grad(loss: Loss, has_aux: bool = False) -> Callable[..., Any]:
     Raises:
       TypeError: (when called) a leaf of `params` is an array of integers, booleans or
         complex numbers; no leaf is an array of floats; the loss isn't a real number.
-      ValueError: (when called) the loss is an array, not a scalar.
+      ValueError: (when called) the loss is an array, not a scalar; arrays are on
+        different devices.
 
     Example:
       >>> import jaxgrad, jax.numpy as jnp
@@ -145,20 +147,34 @@ def _differentiated(
             )
         if not operands:
             raise TypeError("Call it as (params, *args): params is missing.")
-        layouts = spread_layouts(operands[0]) if several_devices() else ()
-        if compiled.only_arrays and not layouts:
-            try:
-                return fast(*operands)
-            except _NotOnlyArrays:
-                pass
-            except TypeError:  # jit's, of a leaf that is no array; or the loss's own
-                if all(map(is_array, jax.tree.leaves(operands))):
-                    raise
-            compiled.only_arrays = False
-        params, *args = operands
-        return compiled.general(*split_static((as_params(params), *args, layouts)))
+        layouts = _layouts(operands[0]) if several_devices() else ()
+        try:
+            if compiled.only_arrays and not layouts:
+                try:
+                    return fast(*operands)
+                except _NotOnlyArrays:
+                    pass
+                except (
+                    TypeError
+                ):  # jit's, of a leaf that is no array; or the loss's own
+                    if all(map(is_array, jax.tree.leaves(operands))):
+                        raise
+                compiled.only_arrays = False
+            params, *args = operands
+            return compiled.general(*split_static((as_params(params), *args, layouts)))
+        except ValueError:
+            named = jax.tree_util.tree_leaves_with_path(operands)
+            check_devices((operand_name(path), leaf) for path, leaf in named)
+            raise
 
     return derivative  # `__wrapped__` keeps the loss alive as long as this function
+
+
+def _layouts(params: PyTree) -> tuple[Layout, ...]:
+    """The layouts of the leaves to differentiate; empty if all are on one device."""
+    leaves = jax.tree.leaves(params)
+    found = tuple(layout_of(x) for x in leaves if kind_of(x) == "differentiable")
+    return found if any(found) else ()
 
 
 class _NotOnlyArrays(Exception):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxgrad.pytrees import PyTree, kind_of
-
+PyTree = Any
 Layout = NamedSharding | None
 """How an array is laid over the devices of a mesh; `None`: on one, or not known."""
 
@@ -35,16 +36,6 @@ def layouts_of(tree: PyTree) -> tuple[Layout, ...]:
     if not several_devices():
         return (None,) * len(jax.tree.leaves(tree))
     return tuple(map(layout_of, jax.tree.leaves(tree)))
-
-
-def spread_layouts(params: PyTree) -> tuple[Layout, ...]:
-    """The layouts of the leaves to differentiate; empty if all are on one device."""
-    layouts = tuple(
-        layout_of(leaf)
-        for leaf in jax.tree.leaves(params)
-        if kind_of(leaf) == "differentiable"
-    )
-    return layouts if any(layouts) else ()
 
 
 def keep(tree: PyTree, layouts: tuple[Layout, ...]) -> PyTree:
@@ -89,20 +80,29 @@ def layout_on(mesh: Any, *axes: Any) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))  # type: ignore[no-untyped-call]
 
 
-def on_one_mesh(tree: PyTree, *others: PyTree) -> PyTree:
-    """The tree, with every array that is on one device copied to the mesh of the rest.
+def put_together(tree: PyTree, *others: PyTree) -> PyTree:
+    """The tree, with the arrays that nobody has put anywhere where the rest is.
 
-    So a compiled loop takes what it has returned without being compiled anew. The mesh
-    is that of the first leaf of `tree` or `others` that has one.
+    So a compiled loop takes what it has returned without being compiled anew. The rest
+    is the first array of `tree` or `others` that was put somewhere, or a layout there;
+    where that is on several devices, each gets a copy.
     """
-    layouts = (x for part in (tree, *others) for x in layouts_of(part))
-    layout = next((x for x in layouts if x is not None), None)
-    if layout is None:
+    wheres = (_where(leaf) for leaf in jax.tree.leaves((tree, *others)))
+    where = next((x for x in wheres if x is not None), None)
+    if where is None:
         return tree
-    everywhere = layout_on(layout.mesh)
+    if isinstance(where, NamedSharding):
+        where = layout_on(where.mesh)
     return jax.tree.map(
-        lambda x: x if layout_of(x) else jax.device_put(x, everywhere), tree
+        lambda x: jax.device_put(x, where) if _where(x) is None else x, tree
     )
+
+
+def _where(leaf: Any) -> Any:
+    """Where an array was put, or a layout says; `None`: JAX moves it at will."""
+    if isinstance(leaf, NamedSharding):
+        return leaf
+    return leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
 
 
 def mesh_of(tree: PyTree) -> contextlib.AbstractContextManager[Any]:
@@ -123,3 +123,53 @@ def spans_processes(tree: PyTree) -> bool:
         isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def check_devices(named: Iterable[tuple[str, Any]]) -> None:
+    """Refuses arrays that are held on different devices, with their names.
+
+    JAX moves NumPy arrays, and those that no one has put anywhere, to where the others
+    are; they fit everywhere.
+
+    Raises:
+      ValueError: two arrays are on different devices.
+    """
+    first: tuple[str, Any] | None = None
+    for name, array in named:
+        if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+            continue
+        if not array.committed:
+            continue
+        first = first or (name, array)
+        if array.sharding.device_set != first[1].sharding.device_set:
+            mine, other = (
+                f"`{n}` is on {_devices(x)}" for n, x in (first, (name, array))
+            )
+            fewer = min((first, (name, array)), key=lambda n: n[1].sharding.num_devices)
+            raise ValueError(
+                f"{mine}, and {other}. Put them on one mesh: `jax.device_put("
+                f"{fewer[0]}, jax.NamedSharding(mesh, jax.P()))` has a copy on each of "
+                "its devices."
+            )
+
+
+def _devices(array: Any) -> str:
+    devices = sorted(array.sharding.device_set, key=lambda device: device.id)
+    ids = ", ".join(str(device.id) for device in devices[:8])
+    dots = ", ..." if len(devices) > 8 else ""
+    count = "1 device" if len(devices) == 1 else f"{len(devices)} devices"
+    return f"{count} ({devices[0].platform} {ids}{dots})"
+
+
+def numbers_of(array: Any) -> np.ndarray:
+    """The numbers of an array that is small enough to have them here.
+
+    Of one whose parts are on several processes' devices, each must ask.
+    """
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        from jax.experimental.multihost_utils import process_allgather
+
+        array = process_allgather(array, tiled=True)
+    return np.asarray(array)

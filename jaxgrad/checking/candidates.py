@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,13 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.checking.problem import Problem, as_numpy, on_host
+from jaxgrad.checking.leaves import Leaf, as_numpy, constrained, leaf_of, on_host
+from jaxgrad.checking.problem import Problem
 from jaxgrad.compiling import Program
 from jaxgrad.equations import Taps, Value, Walk, bind, evaluate, literal, still, wider
 
 
-def without_rules(problem: Problem, pulls: Taps, hold: int) -> list[np.ndarray] | None:
+def without_rules(problem: Problem, pulls: Taps, hold: int) -> list[Leaf] | None:
     """The gradient by differentiating the forward part of each custom rule.
 
     `hold` says, as in `Walk`, where a `stop_gradient` is one. `None` where JAX can't: a
@@ -25,10 +27,14 @@ def without_rules(problem: Problem, pulls: Taps, hold: int) -> list[np.ndarray] 
     def value(values: list[Any], fixed: Any, consts: Any, pulls: Any) -> Any:
         return _inlined(problem, values, fixed, consts, pulls, hold)
 
+    def gradient(values: list[Any], *rest: Any) -> list[Any]:
+        return constrained(jax.grad(value)(values, *rest), problem.values)
+
     try:
-        return _run(problem, jax.grad(value), pulls)
-    except (TypeError, ValueError, NotImplementedError):
+        found = _run(problem, gradient, pulls)
+    except Exception:  # of whatever kind: JAX has one of its own for explicit axes
         return None
+    return [leaf_of(x, v) for x, v in zip(found, problem.values, strict=True)]
 
 
 def _inlined(
@@ -40,14 +46,11 @@ def _inlined(
     return evaluate(closed, [*moving, *map(still, fixed)], walk)[0].now
 
 
-def _run(
-    problem: Problem, function: Callable[..., Any], pulls: Taps
-) -> list[np.ndarray]:
+def _run(problem: Problem, function: Callable[..., Any], pulls: Taps) -> list[Any]:
     with jax.enable_x64(True):
         values = [wider(x) for x in problem.values]
         operands = on_host((values, problem.fixed, problem.loss.consts, pulls))
-        out = Program(function, problem.size, *operands)(*operands)
-        return [as_numpy(x) for x in out]
+        return list(Program(function, problem.size, *operands)(*operands))
 
 
 # So many parts of a leaf's gradient are told apart, and so many numbers made for them.
@@ -55,8 +58,13 @@ _PARTS = 64
 _NUMBERS = 4_000_000
 
 
-def parts_of(problem: Problem, pulls: Taps) -> list[tuple[str, list[np.ndarray]]]:
-    """The gradients of the terms that a loss adds up, and of the rows of each term."""
+def parts_of(
+    problem: Problem, pulls: Taps
+) -> Callable[[int], list[tuple[str, np.ndarray]]]:
+    """The gradients of the terms that a loss adds up, and of the rows of each term.
+
+    Those of one leaf at a time come to the host.
+    """
     sizes = sum(x.size for x in problem.values)
     labels: list[str] = []
 
@@ -70,15 +78,17 @@ def parts_of(problem: Problem, pulls: Taps) -> list[tuple[str, list[np.ndarray]]
     def gradients(*operands: Any) -> Any:
         return jax.jacrev(terms)(*operands)
 
-    if _PARTS * sizes > _NUMBERS:
-        return []
-    try:
-        stacked = _run(problem, gradients, pulls)
-    except (TypeError, ValueError, NotImplementedError):
-        return []
-    return [
-        (label, [leaf[place] for leaf in stacked]) for place, label in enumerate(labels)
-    ]
+    stacked: list[Any] = []
+    if _PARTS * sizes <= _NUMBERS:
+        with contextlib.suppress(Exception):
+            stacked = _run(problem, gradients, pulls)
+
+    def parts(number: int) -> list[tuple[str, np.ndarray]]:
+        if not stacked:
+            return []
+        return list(zip(labels, as_numpy(stacked[number]), strict=True))
+
+    return parts
 
 
 _LINEAR = (

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.checking.judging import Given, Judged, Options, judge
+from jaxgrad.checking.leaves import leaf_of, operand, spread_like
 from jaxgrad.checking.problem import (
     Problem,
-    as_numpy,
     epsilon,
     equations_of,
     scalar_function,
-    spread,
 )
 from jaxgrad.checking.report import BAD, GradientCheck, LeafCheck
+from jaxgrad.checking.sums import wide
 from jaxgrad.operands import Operands, operands_of
 from jaxgrad.pytrees import Loss, PyTree, as_params, function_name, leaf_name
 
@@ -240,7 +240,8 @@ def _given(
             else 0.0
             for x in leaves
         ]
-        return Given([as_numpy(x) for x in leaves], eps, None)
+        pairs = zip(leaves, operands.values, strict=True)
+        return Given([wide(leaf_of(x, value)) for x, value in pairs], eps, None)
 
     def backward(
         values: Sequence[Any], fixed: Sequence[Any], cotangent: Any
@@ -260,10 +261,11 @@ def _second(function: Any, problem: Problem, options: Options) -> GradientCheck:
     """Checks the gradient of the gradient times a fixed vector."""
     start = time.perf_counter()
     rng = np.random.default_rng(options.seed + 1)
-    vector = [
-        jnp.asarray(spread(rng, x.shape), x.dtype)  # in the leaf's own dtype
-        for x in problem.values
-    ]
+    with jax.enable_x64(True):
+        vector = [
+            jnp.asarray(operand(spread_like(rng, x), x), x.dtype)  # the leaf's own
+            for x in problem.values
+        ]
 
     def along(values: Sequence[Any], fixed: Sequence[Any]) -> Any:
         gradient = jax.grad(lambda v: function(v, fixed))(list(values))

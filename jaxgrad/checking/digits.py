@@ -10,7 +10,8 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.checking.problem import Problem, on_host
+from jaxgrad.checking.leaves import local, on_host
+from jaxgrad.checking.problem import Problem
 from jaxgrad.compiling import Program
 from jaxgrad.equations import (
     Place,
@@ -46,7 +47,7 @@ def where_digits_go(problem: Problem) -> tuple[str, Place] | None:
 
     with jax.enable_x64(True):
         operands = on_host((problem.values, problem.fixed, closed.consts))
-        errors = np.asarray(Program(run, problem.size, *operands)(*operands))
+        errors = local(Program(run, problem.size, *operands)(*operands))
     if not len(errors):
         return None
     before, after = np.nan_to_num(errors.T, nan=0.0, posinf=0.0)

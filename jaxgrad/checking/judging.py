@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +14,24 @@ import numpy as np
 from jaxgrad.causes import Cause
 from jaxgrad.checking.candidates import parts_of, without_rules
 from jaxgrad.checking.digits import where_digits_go
+from jaxgrad.checking.excusing import excused, fails
+from jaxgrad.checking.leaves import Leaf, made_of_leaf, on_host, stays_spread
 from jaxgrad.checking.measuring import Claim, Measuring
 from jaxgrad.checking.problem import (
     Gradients,
     NativeGradient,
     Problem,
     WideGradient,
-    as_numpy,
     epsilon,
-    on_host,
 )
 from jaxgrad.checking.reference import Reference
 from jaxgrad.checking.report import BAD, LeafCheck, RuleCheck
 from jaxgrad.checking.rules import check_rules
+from jaxgrad.checking.sums import wide
 from jaxgrad.checking.verdict import Judge
 from jaxgrad.compiling import compile_all
 from jaxgrad.equations import Opaque, equations
+from jaxgrad.precision import at_highest, findings_of, lowered
 from jaxgrad.tables import Finding
 
 
@@ -45,7 +48,7 @@ class Options:
 class Given:
     """A gradient from the user: its values, and its equations if it's a function."""
 
-    values: list[np.ndarray]
+    values: list[Leaf]
     eps: list[float]
     problem: Callable[[Problem], Problem] | None
 
@@ -88,7 +91,16 @@ def judge(
     leaves = judging.leaves()
     if any(eqn.primitive.name == "while" for eqn in equations(plain.loss)):
         leaves = _run_on(judging, leaves, options, computed)
-    if any(leaf.verdict == "imprecise" for leaf in leaves):
+    closed = problem.loss if tested.gradient is None else tested.gradient
+    low = lowered(closed, [*problem.values, *problem.fixed])
+    findings += findings_of(low)
+    if low and tested.gradient is not None and any(map(fails, leaves)):
+        again = functools.partial(_judging, tested, plain, options, given)
+        after, highest = _at_highest(judging, computed, tested, again)
+        leaves = excused(leaves, after, low)
+        computed = computed if any(map(fails, after)) else highest
+        del highest
+    if any(leaf.verdict == "imprecise" and not leaf.cause for leaf in leaves):
         leaves = _with_place(leaves, tested)
     differ = _differ(computed) if given is None else None
     if differ:
@@ -109,6 +121,7 @@ def judge(
     if with_rules and given is None and doubtful and not changing:
         rules = check_rules(problem, lambda p: _alone(p, options), options.seed)
         leaves = [_with_rule(leaf, rules) for leaf in leaves]
+    findings += _not_looked_for(problem, leaves)
     return Judged(leaves, rules, findings, forward, evaluations)
 
 
@@ -144,7 +157,8 @@ def _computed(tested: Problem, plain: Problem, options: Options) -> _Computed:
         text = "the gradient can't be computed in float64: judged as it is computed"
         findings.append(Finding("native", "", text))
     programs = [reference.program, natively.program]
-    compile_all([*programs, *([widely.program] if widely else [])])
+    if jax.process_count() == 1:  # several compile in one order, at the first call
+        compile_all([*programs, *([widely.program] if widely else [])])
     native, wide = natively(), widely() if widely else None
     if wide:
         with jax.enable_x64(True):
@@ -163,12 +177,12 @@ def _judging(
     reference, widely, wide = computed.reference, computed.widely, computed.wide
 
     @functools.cache
-    def nudged() -> list[np.ndarray]:
+    def nudged() -> list[Leaf]:
         assert widely is not None
         return widely(_NUDGE).leaves
 
     @functools.cache
-    def candidates() -> list[list[np.ndarray]]:
+    def candidates() -> list[list[Leaf]]:
         found = []
         if wide is not None and (given is not None or plain is not tested):
             found.append(wide.leaves)
@@ -179,11 +193,11 @@ def _judging(
         return found
 
     @functools.cache
-    def parts() -> list[tuple[str, list[np.ndarray]]]:
+    def parts() -> Callable[[int], list[tuple[str, np.ndarray]]]:
         return parts_of(plain, reference.pulls)
 
     def parts_for(number: int) -> list[tuple[str, np.ndarray]]:
-        return [(label, leaf[number]) for label, leaf in parts()]
+        return parts()(number)
 
     claim = _claim(tested, computed, given, nudged if widely else None)
     measuring = Measuring(plain, reference, claim, options.seed)
@@ -249,6 +263,22 @@ def _forward_mode(
     return "differs", Finding("forward_mode", "", text)
 
 
+def _at_highest(
+    judging: Judge,
+    computed: _Computed,
+    tested: Problem,
+    again: Callable[[_Computed], Judge],
+) -> tuple[list[LeafCheck], _Computed]:
+    """The verdicts, and what is computed natively, with products in all digits."""
+    natively = NativeGradient(replace(tested, gradient=at_highest(tested.gradient)))
+    computed = replace(computed, native=natively())
+    judge = again(computed)
+    if computed.wide:  # what was measured is compared with the same numbers
+        judge = replace(judge, _known=judging._known)
+    numbers = range(len(tested.names))
+    return [judge.leaf(number) for number in numbers], computed
+
+
 def _with_place(leaves: list[LeafCheck], problem: Problem) -> list[LeafCheck]:
     """Says where an imprecise gradient loses its digits."""
     found = where_digits_go(problem)
@@ -257,7 +287,7 @@ def _with_place(leaves: list[LeafCheck], problem: Problem) -> list[LeafCheck]:
     operation, place = found
     return [
         replace(leaf, text=f"{leaf.text}; most are lost by {operation}, in {place}")
-        if leaf.verdict == "imprecise"
+        if leaf.verdict == "imprecise" and not leaf.cause
         else leaf
         for leaf in leaves
     ]
@@ -302,37 +332,43 @@ def _claim(
     problem: Problem,
     computed: _Computed,
     given: Given | None,
-    nudged: Callable[[], list[np.ndarray]] | None,
+    nudged: Callable[[], list[Leaf]] | None,
 ) -> Claim:
-    native, wide = computed.native, computed.wide
-    none: list[np.ndarray | float] = [0.0] * len(problem.names)
+    native, widely = computed.native, computed.wide
+    none: list[Leaf | float] = [0.0] * len(problem.names)
     if given is not None and given.problem is None:
         # Rounding takes a tree of values as far as it takes JAX's own, about.
-        noise: list[np.ndarray | float] = [
+        noise: list[Leaf | float] = [
             _noise(x, eps) for x, eps in zip(given.values, given.eps, strict=True)
         ]
-        if native is not None and wide is not None:
+        if native is not None and widely is not None:
             noise = [
-                np.asarray(n + 10 * np.abs(as_numpy(a) - b))
-                for n, a, b in zip(noise, native.leaves, wide.leaves, strict=True)
+                _with_gap(n, wide(a), b)
+                for n, a, b in zip(noise, native.leaves, widely.leaves, strict=True)
             ]
         return Claim(given.values, noise, None, None)
     assert native is not None
-    if wide is None:
+    if widely is None:
         eps = [epsilon(x.dtype) for x in problem.values]
-        leaves = [as_numpy(x) for x in native.leaves]
+        leaves = [wide(x) for x in native.leaves]
         # Not known, since nothing wider is: a sum of a thousand roundings.
-        loose: list[np.ndarray | float] = [
-            np.asarray(30 * _noise(x, e)) for x, e in zip(leaves, eps, strict=True)
+        loose: list[Leaf | float] = [
+            _noise(x, 30 * e) for x, e in zip(leaves, eps, strict=True)
         ]
         return Claim(leaves, loose, None, None)
-    return Claim(wide.leaves, none, native.leaves, nudged)
+    return Claim(widely.leaves, none, native.leaves, nudged)
 
 
-def _noise(array: np.ndarray, eps: float) -> np.ndarray:
+@made_of_leaf
+def _noise(xp: Any, array: Leaf, eps: Any) -> Any:
     """What a few roundings do to each entry, and to a sum of entries of its leaf."""
-    rms = np.sqrt(np.mean(np.square(array))) if array.size else 0.0
-    return np.asarray(eps * (np.abs(array) + rms))
+    rms = xp.sqrt(xp.mean(xp.square(array))) if array.size else 0.0
+    return eps * (xp.abs(array) + rms)
+
+
+@made_of_leaf
+def _with_gap(xp: Any, noise: Leaf, native: Leaf, widely: Leaf) -> Any:
+    return noise + 10 * xp.abs(native - widely)
 
 
 def _differ(computed: _Computed) -> tuple[float, float] | None:
@@ -373,6 +409,23 @@ def _with_rule(leaf: LeafCheck, rules: Sequence[RuleCheck]) -> LeafCheck:
         said = rule.cause or Cause("unknown", rule.text)
     text = f"{said.text} The rule of {rule.place} is at fault."
     return replace(leaf, cause=Cause(said.kind, text))
+
+
+def _not_looked_for(problem: Problem, leaves: Sequence[LeafCheck]) -> list[Finding]:
+    """What can't be said of wrong leaves that are spread over devices."""
+    text = (
+        "its gradient is spread over {} devices and stays there: whether it is "
+        "transposed, permuted, wrong by rows or columns or lacks a term, which takes "
+        "the whole of it, wasn't looked at. Check a smaller model on one device"
+    )
+    return [
+        Finding("spread", leaf.path, text.format(len(value.sharding.device_set)))
+        for leaf, value in zip(leaves, problem.values, strict=True)
+        if stays_spread(value)
+        and leaf.cause
+        and leaf.cause.kind == "unknown"
+        and leaf.relative_error != np.inf  # of what should be zero nothing is missing
+    ]
 
 
 def _counts(problem: Problem) -> dict[str, int]:

@@ -9,14 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxgrad.checking.leaves import Leaf, as_numpy, leaf_of, on_mesh, single, values_at
 from jaxgrad.checking.problem import Problem
-from jaxgrad.checking.reference import (
-    Probe,
-    Reference,
-    Scale,
-    random_direction,
-    scales_of,
-)
+from jaxgrad.checking.reference import Probe, Reference
+from jaxgrad.checking.scales import Scale, random_direction, scales_of
+from jaxgrad.checking.sums import moving, product, root_mean_square
 from jaxgrad.differences import Slope
 
 # In float64 a rule's own rounding is far below this share of its size, and so it is
@@ -42,10 +39,10 @@ class Claim(NamedTuple):
         roundings; `None` where it wasn't computed in float64.
     """
 
-    tested: list[np.ndarray]
-    noise: list[np.ndarray | float]
-    native: list[np.ndarray] | None
-    nudged: Callable[[], list[np.ndarray]] | None
+    tested: list[Leaf]
+    noise: list[Leaf | float]
+    native: list[Leaf] | None
+    nudged: Callable[[], list[Leaf]] | None
 
 
 class Measured(NamedTuple):
@@ -62,7 +59,7 @@ class Measured(NamedTuple):
       free: the slope with nothing held by a `stop_gradient` or a trusted rule.
     """
 
-    direction: Callable[[], np.ndarray]
+    direction: Callable[[], Leaf]
     slope: Slope
     claimed: float
     norm: float
@@ -120,25 +117,23 @@ def is_open(claimed: float, slope: Slope, noise: float) -> bool:
 
 
 def compared(
-    direction: Callable[[], np.ndarray],
+    direction: Callable[[], Leaf],
     slope: Slope,
-    claimed: np.ndarray,
-    noise: np.ndarray | float,
+    claimed: Leaf,
+    noise: Leaf | float,
 ) -> Measured:
     """A slope beside what a claimed gradient says of it."""
     move = direction()
-    with np.errstate(invalid="ignore"):  # a gradient that isn't finite
-        parts = claimed * move
-        said = float(parts.sum())
-    count = int(np.count_nonzero(move))
+    said, size = map(float, product(claimed, move))
+    length, count = moving(move)
     return Measured(
         direction,
         slope,
         said,
-        float(np.linalg.norm(parts)),
-        float(np.linalg.norm(np.asarray(noise * move))) if np.any(noise) else 0.0,
-        float(np.linalg.norm(move) / np.sqrt(max(count, 1))),
-        count,
+        size,
+        0.0 if isinstance(noise, float) else float(product(noise, move)[1]),
+        float(length / np.sqrt(max(int(count), 1))),
+        int(count),
     )
 
 
@@ -173,9 +168,12 @@ class Measuring:
     seed: int
     hold: int = 1
 
-    def value(self, number: int) -> np.ndarray:
+    def value(self, number: int) -> Leaf:
         """A leaf, in float64."""
-        return np.asarray(self.problem.values[number]).astype(np.float64)
+        value = self.problem.values[number]
+        if on_mesh(value):
+            return leaf_of(self.reference.point[number], value)
+        return as_numpy(value)
 
     def directions(self, numbers: Sequence[int]) -> dict[int, list[Measured]]:
         """Leaves along random directions, entries of one size at a time."""
@@ -221,9 +219,9 @@ class Measuring:
         probes, goals = [], []
         for (number, place), scale in scales.items():
             direction = random_direction(scale, (self.seed, number, place, turn))
-            parts = self.claim.tested[number] * direction()
+            size = product(self.claim.tested[number], direction())[1]
             probes.append(Probe(number, direction))
-            goals.append(_FINE * float(np.linalg.norm(parts)))
+            goals.append(_FINE * float(size))
         measured: dict[tuple[int, int], list[Measured]] = {}
         slopes = self.reference.slopes(probes, goals)
         for key, probe, slope in zip(scales, probes, slopes, strict=True):
@@ -244,24 +242,19 @@ class Measuring:
     def entries(self, number: int, places: np.ndarray) -> list[Slope]:
         """The derivative with respect to single entries."""
         value = self.value(number)
-        flat = np.abs(value).ravel()
-        typical = float(np.sqrt(np.mean(flat**2))) or 1.0
+        typical = float(root_mean_square(value)) or 1.0
 
         def along(places: list[int], scales: list[float]) -> list[Slope]:
-            def direction(place: int, scale: float) -> np.ndarray:
-                one = np.zeros(value.size)
-                one[place] = scale
-                return one.reshape(value.shape)
-
             pairs = list(zip(places, scales, strict=True))
             probes = [
-                Probe(number, functools.partial(direction, *pair)) for pair in pairs
+                Probe(number, functools.partial(single, value, *pair)) for pair in pairs
             ]
             slopes = self.reference.slopes(probes, hold=self.hold)
             return [slope.over(s) for slope, s in zip(slopes, scales, strict=True)]
 
         chosen = [int(place) for place in places]
-        scales = [float(flat[place]) or typical for place in chosen]
+        sizes = np.abs(values_at(value, np.array(chosen, int)))
+        scales = [float(size) or typical for size in sizes]
         slopes = along(chosen, scales)
         tiny = [k for k, scale in enumerate(scales) if scale < 1e-3 * typical]
         again = along([chosen[k] for k in tiny], [typical] * len(tiny))

@@ -12,7 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.compiling import Program
+from jaxgrad.checking.leaves import (
+    Leaf,
+    constrained,
+    is_spread,
+    leaf_of,
+    made_of_leaf,
+    on_host,
+    operand,
+    shared,
+    spread,
+    spread_like,
+)
+from jaxgrad.checking.sums import scaled
+from jaxgrad.compiling import Program, shaped
 from jaxgrad.equations import (
     Path,
     Place,
@@ -99,16 +112,6 @@ def project(array: Any, rng: np.random.Generator) -> Any:
         return project(array.real, rng) + project(array.imag, rng)
     wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
     return jnp.sum(wide * jnp.asarray(spread(rng, array.shape), wide.dtype))
-
-
-def spread(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Random numbers of both signs, of sizes from 0.5 to 1.5.
-
-    Not near 0, so that no entry hides; not all of one size, so that no two cancel.
-    """
-    numbers = np.asarray(rng.uniform(0.5, 1.5, shape))
-    numbers *= rng.integers(0, 2, shape, np.int8) * 2 - 1
-    return numbers
 
 
 def trust_of(trust: Sequence[Callable[..., Any]], loss: Any) -> Callable[[Place], bool]:
@@ -198,21 +201,23 @@ class Gradients:
     """
 
     value: float
-    leaves: list[np.ndarray]
+    leaves: list[Leaf]
     slopes: tuple[float, float] | None
     pulls: dict[Path, Any]
 
 
 class NativeGradient:
-    """What `jax.grad` gives, in the function's own dtypes, on its own device."""
+    """What `jax.grad` gives, in the function's own dtypes, on its own devices."""
 
     def __init__(self, problem: Problem) -> None:
         jaxpr, consts = problem.gradient.jaxpr, problem.gradient.consts
         one = np.ones((), problem.loss.out_avals[0].dtype)
+        self._values = problem.values
         self._operands = consts, [*problem.values, *problem.fixed, one]
 
         def run(consts: Any, operands: list[Any]) -> list[Any]:
-            return jax.core.eval_jaxpr(jaxpr, consts, *operands)
+            value, *leaves = jax.core.eval_jaxpr(jaxpr, consts, *operands)
+            return [value, *constrained(leaves, problem.values)]
 
         self.program = Program(run, problem.size, *self._operands)
 
@@ -220,22 +225,13 @@ class NativeGradient:
         """The gradient."""
         value, *leaves = self.program(*self._operands)
         # In their own dtype: another copy of a large leaf would be one too many.
-        return Gradients(float(value), [np.asarray(x) for x in leaves], None, {})
+        own = [leaf_of(x, v) for x, v in zip(leaves, self._values, strict=True)]
+        return Gradients(float(value), own, None, {})
 
 
 def epsilon(dtype: Any) -> float:
     """The rounding error of a dtype: the gap between 1 and the next number."""
     return float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
-
-
-def as_numpy(array: Any) -> np.ndarray:
-    """An array of floats on the host, in float64."""
-    return np.asarray(array).astype(np.float64, copy=False)
-
-
-def on_host(arrays: Any) -> Any:
-    """The arrays on the CPU."""
-    return jax.device_put(arrays, jax.local_devices(backend="cpu")[0])
 
 
 class WideGradient:
@@ -261,7 +257,9 @@ class WideGradient:
                     for v in evaluate(closed, [*before, *held, *after], walk)
                 ]
 
-            out = wide(problem.gradient, consts[0], [jnp.ones((), jnp.float64)])
+            one = jnp.ones((), jnp.float64)
+            out, *leaves = wide(problem.gradient, consts[0], [one])
+            out = [out, *constrained(leaves, problem.values)]
             pulls = []
             if problem.pulls is not None:
                 taps = [wider(x) for x in jax.tree.leaves(problem.taps)]
@@ -274,8 +272,8 @@ class WideGradient:
             least = 1e-12 * jnp.maximum(jnp.abs(out[0]), 1e-13)  # less is rounding
             sizes = [jnp.where(s > least, s, jnp.inf) for s in sizes]
             reverse = sum(jnp.sum(p) / s for p, s in zip(parts, sizes, strict=True))
-            scaled = [t / s for t, s in zip(tangents, sizes, strict=True)]
-            return out, pulls, (wide(problem.forward, consts[1], scaled)[0], reverse)
+            along = [t / s for t, s in zip(tangents, sizes, strict=True)]
+            return out, pulls, (wide(problem.forward, consts[1], along)[0], reverse)
 
         consts = [
             closed.consts if closed is not None else ()
@@ -284,7 +282,10 @@ class WideGradient:
         with jax.enable_x64(True):
             values = point or [wider(x) for x in problem.values]
             self._operands = on_host((values, problem.fixed, consts))
-            shapes = [jax.typeof(x) for x in self._operands[0]]
+            shapes = [
+                shaped(x.shape, x.dtype, x.sharding if is_spread(x) else None)
+                for x in self._operands[0]
+            ]
             tangents = shapes if problem.forward is not None else []
             self.program = Program(run, problem.size, *self._operands, tangents)
 
@@ -294,21 +295,29 @@ class WideGradient:
         with jax.enable_x64(True):
             if nudge:
                 rng = np.random.default_rng(0)
-                values = [x * (1 + nudge * spread(rng, x.shape)) for x in values]
+                moves = [operand(spread_like(rng, x), x) for x in values]
+                pairs = zip(values, moves, strict=True)
+                values = [x * (1 + nudge * move) for x, move in pairs]
             tangents = self._tangents()
             (value, *leaves), pulls, slopes = self.program(values, *rest, tangents)
+            pulls = shared(pulls, values)
         pulls = jax.tree.unflatten(jax.tree.structure(self._problem.taps), pulls)
         both = None if slopes is None else (float(slopes[0]), float(slopes[1]))
-        return Gradients(float(value), [as_numpy(x) for x in leaves], both, pulls)
+        own = [leaf_of(x, v) for x, v in zip(leaves, values, strict=True)]
+        return Gradients(float(value), own, both, pulls)
 
-    def _tangents(self) -> list[np.ndarray]:
+    def _tangents(self) -> list[Any]:
         """A direction for forward mode, in proportion to the parameters."""
         if self._problem.forward is None:
             return []
         rng = np.random.default_rng(self._seed)
         tangents = []
-        for value in self._problem.values:
-            size = np.abs(as_numpy(value))
-            size = np.where(size == 0, 1.0, size)
-            tangents.append(np.asarray(spread(rng, size.shape) * size))
+        for value in self._operands[0]:
+            sizes = _sizes(leaf_of(value, value))
+            tangents.append(operand(scaled(spread_like(rng, sizes), sizes), value))
         return tangents
+
+
+@made_of_leaf
+def _sizes(xp: Any, leaf: Leaf) -> Any:
+    return xp.where(leaf == 0, 1.0, xp.abs(leaf))

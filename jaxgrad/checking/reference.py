@@ -9,10 +9,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core
-import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.checking.problem import Problem, on_host, spread
+from jaxgrad.checking.leaves import (
+    Leaf,
+    local,
+    on_host,
+    operand,
+    shared,
+    stacked,
+    unmoved,
+    zeros_like,
+)
+from jaxgrad.checking.problem import Problem
 from jaxgrad.compiling import Program
 from jaxgrad.differences import LADDER, Slope, slope_of
 from jaxgrad.equations import (
@@ -32,7 +41,7 @@ class Probe(NamedTuple):
     """A direction in one leaf, made when it's needed."""
 
     leaf: int
-    direction: Callable[[], np.ndarray]
+    direction: Callable[[], Leaf]
 
 
 class OutOfBudget(Exception):
@@ -101,9 +110,13 @@ class Reference:
                     pulls,
                 )
             )
+            self.pulls = shared(self.pulls, self.point)
             # A direction that moves nothing in a leaf, made once.
-            zeros = {x.shape: jnp.zeros(x.shape, jnp.float64) for x in self.point}
-            self._still = [zeros[x.shape] for x in self.point]
+            kinds = [(x.shape, x.sharding) for x in self.point]
+            zeros = {
+                kind: zeros_like(x) for kind, x in zip(kinds, self.point, strict=True)
+            }
+            self._still = [zeros[kind] for kind in kinds]
         sizes = sum(int(np.prod(x.shape)) for x in problem.values) + problem.size
         self._sizes = sizes
         self._here: float | None = None
@@ -180,7 +193,7 @@ class Reference:
     def here(self) -> float:
         """The loss at the point, in float64; NaN where no evaluation is allowed."""
         if self._here is None:
-            nowhere = Probe(0, lambda: np.zeros(()))
+            nowhere = Probe(0, lambda: unmoved(self.point[0]))
             with contextlib.suppress(OutOfBudget):
                 self._values([nowhere], [LADDER[-1]], 1)
         return float("nan") if self._here is None else self._here
@@ -249,7 +262,7 @@ class Reference:
             for start in range(0, len(probes), self._probes):
                 some = probes[start : start + self._probes]
                 got = self.program(*self._operands(some, signed, hold))
-                by, moved, size, here = (np.atleast_2d(np.asarray(x)) for x in got)
+                by, moved, size, here = (np.atleast_2d(local(x)) for x in got)
                 by = by - by[:, -1:]  # by which two compiled copies of it differ
                 self._here = float(here[0, 0])
                 for row in np.stack([by, moved, size], axis=1)[: len(some)]:
@@ -266,68 +279,13 @@ class Reference:
         if not self._at_once:
             moves = list(self._still)
             for probe in probes:
-                shape = moves[probe.leaf].shape
-                moves[probe.leaf] = jnp.asarray(
-                    np.broadcast_to(probe.direction(), shape)
-                )
+                moves[probe.leaf] = operand(probe.direction(), moves[probe.leaf])
             return [*point, moves, padded, np.int32(hold)]
-        several = [np.zeros((self._probes, *x.shape)) for x in self._still]
+        rows: list[dict[int, Leaf]] = [{} for _ in self._still]
         for row, probe in enumerate(probes):
-            several[probe.leaf][row] = probe.direction()
+            rows[probe.leaf][row] = probe.direction()
+        several = [
+            stacked(parts, self._probes, like)
+            for parts, like in zip(rows, self._still, strict=True)
+        ]
         return [*point, several, padded, np.full(self._probes, hold, np.int32)]
-
-
-# Entries of a leaf whose sizes are further apart than this are displaced on their own:
-# a step in proportion to each entry's size would show the small ones too faintly.
-_DECADES = 4
-_ZERO = 127  # the group of the zeros
-
-
-Scale = Callable[[], np.ndarray]
-
-
-def scales_of(of: Scale) -> list[list[Scale]]:
-    """Groups of a leaf's entries, of about one size, each with the scales to try.
-
-    A step is in proportion to each entry's size, since that is the best guess at the
-    scale on which the loss changes; for a zero, and for what is tiny beside the rest,
-    the leaf's typical size is tried too. A scale is 0 at the other groups' entries.
-    The leaf is made by `of` whenever it's needed, so that large ones don't pile up.
-    """
-    leaf = of()
-    shape = leaf.shape
-    largest = np.abs(leaf).max(initial=0.0)
-    if largest == 0:
-        return [[lambda: np.ones(shape)]]
-    with np.errstate(divide="ignore"):
-        decades = (np.log10(largest) - np.log10(np.abs(leaf))) / _DECADES
-    group = np.minimum(decades, _ZERO).astype(np.int8)
-    typical = float(np.sqrt(np.mean(np.square(leaf[leaf != 0]))))
-
-    def own(number: int) -> Scale:
-        return lambda: np.where(group == number, np.abs(of()), 0.0)
-
-    def same(number: int, scale: float) -> Scale:
-        return lambda: np.where(group == number, scale, 0.0)
-
-    groups: list[list[Scale]] = []
-    for number in map(int, np.unique(group)):
-        if number == _ZERO:
-            sizes = [typical] if 0.1 < typical < 10 else [typical, 1.0]
-            groups.append([same(number, size) for size in sizes])
-        elif number == 0:
-            groups.append([own(number)])
-        else:
-            groups.append([own(number), same(number, typical)])
-    return groups
-
-
-def random_direction(scale: Scale, seed: tuple[int, ...]) -> Scale:
-    """A direction of random signs and sizes, in proportion to a scale."""
-
-    def direction() -> np.ndarray:
-        sizes = scale()
-        signs = spread(np.random.default_rng(seed), sizes.shape)
-        return np.asarray(signs * sizes)
-
-    return direction

@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.checking.problem import Problem, equations_of, on_host, project
+from jaxgrad.checking.leaves import (
+    Leaf,
+    leaf_of,
+    linear,
+    local,
+    on_host,
+    pick,
+    read_of_leaf,
+)
+from jaxgrad.checking.problem import Problem, equations_of, project
 from jaxgrad.checking.report import BAD, LeafCheck, RuleCheck, Verdict
 from jaxgrad.compiling import Program
 from jaxgrad.equations import (
@@ -51,13 +60,16 @@ def check_rules(problem: Problem, judge: Judge, seed: int) -> list[RuleCheck]:
     def checked(place: Place, paths: Sequence[Path], stacked: bool) -> RuleCheck:
         if problem.trusted(place):
             return RuleCheck(*place, "right", None, None, None, "trusted, as asked")
-        some = [
-            call
-            for path in paths
-            for call in _calls(
-                sites[path][0], seen[path][0], seen[path][1], moving[path], stacked
-            )
-        ]
+        try:
+            some = [
+                call
+                for path in paths
+                for call in _calls(
+                    sites[path][0], seen[path][0], seen[path][1], moving[path], stacked
+                )
+            ]
+        except Exception as error:  # such as rows that explicit axes split
+            return _unchecked(place, error)
         return _check(place, some, judge, seed)
 
     def all_of(places: list[Place]) -> list[RuleCheck]:
@@ -132,7 +144,7 @@ def _calls(
     eqn: Any, ran: Any, inputs: list[Any], moving: list[bool], stacked: bool
 ) -> list[_Call]:
     """The calls of one equation: some of the iterations of the loops it stands in."""
-    places = np.argwhere(np.asarray(ran))
+    places = np.argwhere(local(ran))
     most = _MORE_ITERATIONS if stacked else _CALLS
     if len(places) > most:
         places = places[np.linspace(0, len(places) - 1, most).astype(int)]
@@ -154,14 +166,18 @@ def _check(place: Place, calls: list[_Call], judge: Judge, seed: int) -> RuleChe
         try:
             row = _check_call(place, call, judge, seed)
         except Exception as error:  # of whatever kind: other rules are to be checked
-            why = f"{error}".partition("\n")[0].partition(". Pass")[0]
-            text = f"not checked alone: {why}"
-            row = RuleCheck(*place, "undecided", None, None, None, text)
+            row = _unchecked(place, error)
         if not number or order.index(row.verdict) < order.index(best.verdict):
             best = row
         if best.verdict == "wrong":
             break
     return best
+
+
+def _unchecked(place: Place, error: Exception) -> RuleCheck:
+    why = f"{error}".partition("\n")[0].partition(". Pass")[0]
+    text = f"not checked alone: {why}"
+    return RuleCheck(*place, "undecided", None, None, None, text)
 
 
 def _check_call(place: Place, call: _Call, judge: Judge, seed: int) -> RuleCheck:
@@ -212,14 +228,26 @@ def _other_value(call: _Call) -> str:
     for number, (a, b) in enumerate(zip(*outputs, strict=True)):
         if not jnp.issubdtype(a.dtype, jnp.floating):
             continue
-        a, b = np.asarray(a), np.asarray(b)
-        size = np.abs(a)
-        beyond = np.abs(a - b) - _SAME * size - 1e-12 * size.max(initial=0.0)
-        if (beyond > 0).any():
-            worst = np.unravel_index(int(np.argmax(beyond)), a.shape)
+        place, more, ours, right = _apart(leaf_of(b, a), leaf_of(a, a))
+        if more > 0:
+            worst = np.unravel_index(int(place), a.shape)
             index = f"{[int(i) for i in worst]} of " if a.ndim else ""
             return (
-                f"its forward part returns {b[worst]:.8g} where the function returns "
-                f"{a[worst]:.8g} (in {index}output {number})"
+                f"its forward part returns {ours:.8g} where the function returns "
+                f"{right:.8g} (in {index}output {number})"
             )
     return ""
+
+
+@read_of_leaf
+def _apart(xp: Any, ours: Leaf, right: Leaf) -> Any:
+    """Where two arrays differ most, by how much too much, and what is there."""
+    size = xp.abs(right)
+    more = xp.abs(ours - right) - _SAME * size - 1e-12 * size.max(initial=0.0)
+    most = more.max(initial=-xp.inf)
+    if xp is np:
+        place = np.argmax(more) if more.size else 0
+    else:
+        place = xp.where(more == most, linear(more.shape), more.size).min()
+    there = [pick(xp, x, xp.asarray([place]))[0] for x in (ours, right)]
+    return place, most, *there

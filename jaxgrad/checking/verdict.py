@@ -4,32 +4,54 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgrad.causes import Cause, find_cause
+from jaxgrad.causes import Cause, Sums, find_cause, find_cause_by_sums
+from jaxgrad.checking.entries import (
+    Fits,
+    allowed_at,
+    beyond,
+    fits,
+    known_sizes,
+    nonfinite,
+)
+from jaxgrad.checking.leaves import (
+    SMALL_LEAF,
+    Leaf,
+    as_numpy,
+    filled,
+    stays_spread,
+    values_at,
+    with_values,
+)
 from jaxgrad.checking.locating import locate
 from jaxgrad.checking.measuring import (
-    ROUNDING,
     Measured,
     Measuring,
     compared,
     is_open,
     within,
 )
-from jaxgrad.checking.problem import as_numpy, epsilon
+from jaxgrad.checking.problem import epsilon
 from jaxgrad.checking.reference import OutOfBudget
 from jaxgrad.checking.report import EntryCheck, LeafCheck
+from jaxgrad.checking.sums import (
+    any_nonzero,
+    change_along,
+    gap_of,
+    is_finite,
+    size_of,
+    wide,
+)
 from jaxgrad.differences import Slope
 
 # The slope of what doesn't change is zero, give or take this share of the loss: a
 # thousand roundings of it over a step of 1e-4.
 _FAINT = 1e-8
-# Up to here each entry of a leaf is measured, in a few batches.
-_SMALL_LEAF = 64
 _SHOWN = 16
 # Along a random direction an error shows as up to so many times its share of a
 # gradient's norm, in all but one case of 400.
@@ -44,11 +66,13 @@ class Suspects(NamedTuple):
       right: what the gradient should be, as far as it's known; NaN elsewhere.
       total: how many entries are thought to be wrong, these and others; `None` if
         they are too many to be told, and unknown where all entries are measured.
+      rest: the 2-norm of the other entries' errors.
     """
 
     places: np.ndarray
-    right: np.ndarray
+    right: Leaf
     total: int | None
+    rest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +90,7 @@ class Judge:
 
     measuring: Measuring
     rtol: float
-    candidates: Callable[[], list[list[np.ndarray]]]
+    candidates: Callable[[], list[list[Leaf]]]
     counts: dict[str, int]
     parts: Callable[[int], Sequence[tuple[str, np.ndarray]]]
     _known: dict[int, list[Measured]] = field(default_factory=dict)
@@ -89,9 +113,9 @@ class Judge:
         )
         claimed = self.measuring.claim.tested[number]
         own = self.measuring.claim.native
-        native = as_numpy(own[number]) if own else claimed
+        native = wide(own[number]) if own else claimed
         try:
-            if not np.isfinite(native).all():
+            if not is_finite(native):
                 return self._nonfinite(row, number, native)
             here = self.measuring.reference.here
             if not np.isfinite(here) and self.measuring.reference.evaluations:
@@ -100,7 +124,7 @@ class Judge:
                     verdict="undecided",
                     text=f"the loss is {here} at this point",
                 )
-            if not np.isfinite(claimed).all():
+            if not is_finite(claimed):
                 return replace(
                     row,
                     verdict="undecided",
@@ -118,26 +142,27 @@ class Judge:
                 "not enough",
             )
 
-    def _nonfinite(self, row: LeafCheck, number: int, native: np.ndarray) -> LeafCheck:
-        bad = np.flatnonzero(~np.isfinite(native))
+    def _nonfinite(self, row: LeafCheck, number: int, native: Leaf) -> LeafCheck:
+        count, places = nonfinite(native, most=_SHOWN)
+        count, places = int(count), places[: int(count)]
         entries: tuple[EntryCheck, ...] = ()
         if np.isfinite(self.measuring.reference.here):
-            slopes = self.measuring.entries(number, bad[:_SHOWN])
-            entries = self._rows(native, bad[:_SHOWN], slopes)
-        wide = self.measuring.claim.tested[number]
+            slopes = self.measuring.entries(number, places)
+            entries = self._rows(native, places, slopes)
+        tested = self.measuring.claim.tested[number]
         why = ""
-        if self.measuring.claim.native and np.isfinite(wide).all():
+        if self.measuring.claim.native and is_finite(tested):
             why = f": {row.dtype} overflows, float64 doesn't"
         return replace(
             row,
             verdict="nonfinite",
             entries=entries,
-            wrong_entries=len(bad),
-            text=f"{len(bad)} of {native.size} entries aren't finite{why}",
+            wrong_entries=count,
+            text=f"{count} of {native.size} entries aren't finite{why}",
         )
 
     def _finite(
-        self, row: LeafCheck, number: int, claimed: np.ndarray, native: np.ndarray
+        self, row: LeafCheck, number: int, claimed: Leaf, native: Leaf
     ) -> LeafCheck:
         if number not in self._known:
             self._known.update(self.measuring.directions([number]))
@@ -167,7 +192,7 @@ class Judge:
         return ""
 
     def _either(
-        self, row: LeafCheck, number: int, claimed: np.ndarray, measured: list[Measured]
+        self, row: LeafCheck, number: int, claimed: Leaf, measured: list[Measured]
     ) -> LeafCheck:
         """Whether a `stop_gradient` in a rule's forward part holds or not is open.
 
@@ -185,15 +210,15 @@ class Judge:
             return judge._agreeing(row, claimed, held)
         return judge._doubtful(row, number, claimed, held)
 
-    def _unseen(self, claimed: np.ndarray, measured: list[Measured]) -> Measured | None:
+    def _unseen(self, claimed: Leaf, measured: list[Measured]) -> Measured | None:
         """The slope, if any, that would not show an error of `rtol`."""
-        allowed = self.rtol * np.linalg.norm(claimed)
+        allowed = self.rtol * size_of(claimed)
         # Of an error that's spread like the direction.
         coarse = [m for m in measured if not m.slope.error / m.length <= allowed]
         return max(coarse, key=lambda m: m.slope.error / m.length, default=None)
 
     def _agreeing(
-        self, row: LeafCheck, claimed: np.ndarray, measured: list[Measured]
+        self, row: LeafCheck, claimed: Leaf, measured: list[Measured]
     ) -> LeafCheck:
         relative = max(_ratio(m.gap, m.norm) for m in measured)
         m = self._unseen(claimed, measured)
@@ -218,7 +243,7 @@ class Judge:
         scale = self.measuring.reference.scale
         claimed = self.measuring.claim.tested[number]
         # No change is claimed, and none at all is seen, if only at the smallest steps.
-        if not claimed.any() and m.slope.value == 0:
+        if m.slope.value == 0 and not any_nonzero(claimed):
             return bool(m.slope.error <= self.rtol * scale)
         if abs(m.slope.value) > m.slope.error or m.slope.error > _FAINT * scale:
             return False
@@ -226,8 +251,8 @@ class Judge:
             return True
         if self.measuring.claim.nudged is None:
             return False
-        change = claimed - self.measuring.claim.nudged()[number]
-        return bool(np.linalg.norm(claimed) <= 10 * np.linalg.norm(change))
+        change = gap_of(claimed, self.measuring.claim.nudged()[number])
+        return bool(size_of(claimed) <= 10 * change)
 
     def _by_rounding(self, number: int, measured: list[Measured]) -> bool:
         """Whether a gradient differs by no more than its own rounding.
@@ -240,16 +265,18 @@ class Judge:
             m.gap <= faint and not m.slope.kink for m in measured
         ):
             return False
-        claimed = self.measuring.claim.tested[number]
-        change = claimed - self.measuring.claim.nudged()[number]
-        rounding = [10 * np.linalg.norm(change * m.direction()) for m in measured]
+        both = (
+            self.measuring.claim.tested[number],
+            self.measuring.claim.nudged()[number],
+        )
+        rounding = [10 * change_along(*both, m.direction()) for m in measured]
         return all(
             m.gap <= m.slope.error + r and r <= faint
             for m, r in zip(measured, rounding, strict=True)
         )
 
     def _doubtful(
-        self, row: LeafCheck, number: int, claimed: np.ndarray, measured: list[Measured]
+        self, row: LeafCheck, number: int, claimed: Leaf, measured: list[Measured]
     ) -> LeafCheck:
         """The verdict where the claim and the values differ: by single entries."""
         suspects = self._suspects(number, claimed, measured)
@@ -261,8 +288,8 @@ class Judge:
         unclear = bool(differing) and all(m.open for m in differing)
         everywhere = len(suspects.places) == claimed.size
         slopes = self.measuring.entries(number, suspects.places)
-        places, right = suspects.places, suspects.right.copy()
-        said, noise = claimed.ravel()[places], self._noise(number).ravel()[places]
+        places = suspects.places
+        said, noise = values_at(claimed, places), self._noise(number, places)
         unsure = [is_open(c, s, n) for c, s, n in zip(said, slopes, noise, strict=True)]
         bars = np.where(unsure, np.inf, [s.error for s in slopes])
         settled = np.array(
@@ -275,13 +302,11 @@ class Judge:
         value = np.array([s.value for s in slopes])
         # Any number between one-sided slopes is right; an infinite bar says nothing.
         value = np.where(settled | ~np.isfinite(bars), said, value)
-        right.ravel()[places] = value
+        right = with_values(suspects.right, places, value)
         error = np.abs(said - value)
-        allowed = self._allowance(number, claimed, right).ravel()[places]
+        allowed = allowed_at(claimed, right, *self._measure(number), places)
         wrong = (error > allowed + bars) & ~settled
-        known = np.isfinite(right)
-        size = np.linalg.norm(right[known])
-        off = np.linalg.norm((claimed - right)[known])
+        size, off = known_sizes(claimed, right)
         loose = np.where(settled | ~np.isfinite(bars), 0.0, bars)
         bar = float(np.linalg.norm(loose) + np.linalg.norm(noise))
         if suspects.total is None:  # the entries are but a sample
@@ -301,12 +326,13 @@ class Judge:
         if not unclear and (wrong.any() or proven):
             shown = [k for k in np.argsort(-error, kind="stable") if wrong[k]][:_SHOWN]
             count = int(wrong.sum()) if everywhere else suspects.total
+            entries = self._rows(claimed, places[shown], [slopes[k] for k in shown])
             return replace(
                 row,
                 verdict="wrong",
                 wrong_entries=count,
-                entries=self._rows(claimed, places[shown], [slopes[k] for k in shown]),
-                cause=self._cause(number, claimed, right, bar),
+                entries=entries,
+                cause=self._cause(number, claimed, right, bar, suspects, entries),
             )
         if kinks or settled.any():
             on = [k for k, here in enumerate(settled) if here]
@@ -323,94 +349,63 @@ class Judge:
         return row
 
     def _suspects(
-        self, number: int, claimed: np.ndarray, measured: list[Measured]
+        self, number: int, claimed: Leaf, measured: list[Measured]
     ) -> Suspects:
-        if claimed.size <= _SMALL_LEAF:
-            unknown = np.full(claimed.shape, np.nan)
+        if claimed.size <= SMALL_LEAF:
+            unknown = filled(claimed, np.nan)
             return Suspects(np.arange(claimed.size), unknown, claimed.size)
         right = self._borne_out(number, measured)
         if right is not None:
-            error = np.abs(claimed - right)
-            beyond = error - self._allowance(number, claimed, right)
-            count = np.count_nonzero(beyond > 0)
-            off = np.linalg.norm(error) - self.rtol * np.linalg.norm(right)
-            if not count and off > np.linalg.norm(self._noise(number)):
-                beyond = error
-                count = np.count_nonzero(error > self.rtol * np.abs(right))
             # On kinks many a right entry differs: more of them are looked at.
             most = 8 * _SHOWN if any(m.slope.kink for m in measured) else _SHOWN
-            order = np.argsort(-beyond, axis=None)[: min(count, most)]
-            return Suspects(order, right, int(count))
+            found = beyond(claimed, right, *self._measure(number), most)
+            return Suspects(found.places, right, found.total, found.rest)
         doubtful = [
             m for m in measured if not (m.between if m.slope.kink else m.agrees)
         ]
         if not doubtful:
             return Suspects(np.array([], int), claimed, 0)
         worst = max(doubtful, key=lambda m: m.gap / (m.norm or 1))
-        found = locate(self.measuring, number, claimed, worst.direction(), self.rtol)
-        places = np.array(found.places[: 2 * _SHOWN], int)
-        if found.spread:
-            return Suspects(places, np.full(claimed.shape, np.nan), None)
-        return Suspects(places, claimed, len(found.places))
+        located = locate(self.measuring, number, claimed, worst.direction(), self.rtol)
+        places = np.array(located.places[: 2 * _SHOWN], int)
+        if located.spread:
+            return Suspects(places, filled(claimed, np.nan), None)
+        return Suspects(places, claimed, len(located.places))
 
-    def _borne_out(self, number: int, measured: list[Measured]) -> np.ndarray | None:
+    def _borne_out(self, number: int, measured: list[Measured]) -> Leaf | None:
         """A candidate that agrees with all that was measured."""
         for candidate in self.candidates():
             array = candidate[number]
             again = [compared(m.direction, m.slope, array, 0.0) for m in measured]
-            if np.isfinite(array).all() and all(
+            if is_finite(array) and all(
                 m.between if m.slope.kink else m.agrees for m in again
             ):
                 return array
         return None
 
-    def _noise(self, number: int) -> np.ndarray:
-        shape = self.measuring.claim.tested[number].shape
-        return np.broadcast_to(self.measuring.claim.noise[number], shape)
+    def _noise(self, number: int, places: np.ndarray) -> np.ndarray:
+        noise = self.measuring.claim.noise[number]
+        if isinstance(noise, float):
+            return np.full(len(places), noise)
+        return values_at(noise, places)
 
-    def _allowance(
-        self, number: int, claimed: np.ndarray, right: np.ndarray
-    ) -> np.ndarray:
-        """What an entry may be off by: `rtol` of itself, and its share of noise.
-
-        Noise is spread over the leaf, in proportion to what the entries' gradients are
-        or to what those times the entries are. The quarter of the entries with the
-        least error shows its size: in a normal distribution 30 times their bound is
-        beyond the largest of a million. One wrong entry stands out of it. It is no
-        noise if it's more than `rtol`.
-        """
-        known = np.isfinite(right)
-        some: Any = ... if known.all() else known
-        sizes = np.asarray(np.abs(self.measuring.value(number)))
-        sizes = np.where(sizes == 0, np.sqrt(np.mean(sizes**2)) or 1.0, sizes)
-
-        def share(weight: np.ndarray | None) -> float:
-            error, exact = np.asarray(claimed - right)[some], right[some]
-            if weight is not None:
-                error, exact = error * weight[some], exact * weight[some]
-            rms = float(np.linalg.norm(exact)) / max(exact.size, 1) ** 0.5
-            error = np.abs(error.ravel())
-            quarter = (error.size - 1) // 4
-            typical = np.partition(error, quarter)[quarter] if error.size > 1 else 0.0
-            noise = min(30 * float(typical), self.rtol * rms)
-            return float(noise + 10 * ROUNDING * rms)
-
-        bound = np.asarray(np.minimum(share(sizes) / sizes, share(None)))
-        bound += self.rtol * np.abs(right)
-        bound += self._noise(number)
-        return bound
+    def _measure(self, number: int) -> tuple[Leaf | float, Leaf, float]:
+        """What says how much an entry may be off by."""
+        noise = self.measuring.claim.noise[number]
+        return noise, self.measuring.value(number), self.rtol
 
     def _rows(
-        self, claimed: np.ndarray, places: np.ndarray, slopes: Sequence[Slope]
+        self, claimed: Leaf, places: np.ndarray, slopes: Sequence[Slope]
     ) -> tuple[EntryCheck, ...]:
+        said = values_at(claimed, places)
         return tuple(
             EntryCheck(
                 tuple(int(i) for i in np.unravel_index(place, claimed.shape)),
-                float(claimed.flat[place]),
+                float(ours),
                 slope.value,
                 slope.error,
             )
-            for place, slope in zip(places, slopes, strict=True)
+            for place, ours, slope in zip(places, said, slopes, strict=True)
         )
 
     def _unclear(self, row: LeafCheck) -> LeafCheck:
@@ -423,42 +418,90 @@ class Judge:
         )
 
     def _cause(
-        self, number: int, claimed: np.ndarray, right: np.ndarray, bar: float
+        self,
+        number: int,
+        claimed: Leaf,
+        right: Leaf,
+        bar: float,
+        suspects: Suspects,
+        entries: Sequence[EntryCheck],
     ) -> Cause:
-        others = {
-            name: tested
-            for k, (name, tested) in enumerate(
-                zip(
-                    self.measuring.problem.names,
-                    self.measuring.claim.tested,
-                    strict=True,
-                )
-            )
-            if k != number and tested.shape == claimed.shape
-        }
-        known = np.isfinite(right)
-        size = np.linalg.norm(right[known])
-        gap = np.linalg.norm((claimed - right)[known])
+        name = self.measuring.problem.names[number]
+        size, gap = map(float, known_sizes(claimed, right))
         # Rounding explains so much, and never the whole difference.
-        part = min(max(bar, 1e-9 * float(size)), float(gap) / 10)
-        noise = part / float(size) if size else 1e-9
+        part = min(max(bar, 1e-9 * size), gap / 10)
+        noise = part / size if size else 1e-9
+        pairs = zip(
+            self.measuring.problem.names, self.measuring.claim.tested, strict=True
+        )
+        others = {
+            other: tested
+            for other, tested in pairs
+            if other != name and tested.shape == claimed.shape
+        }
+        if stays_spread(claimed):
+            return self._cause_by_sums(
+                name, claimed, right, noise, suspects, entries, others
+            )
         return find_cause(
-            self.measuring.problem.names[number],
-            claimed,
-            right,
+            name,
+            as_numpy(claimed),
+            as_numpy(right),
             counts=self.counts,
-            other_claimed=others,
+            other_claimed={
+                other: as_numpy(x) for other, x in others.items() if not stays_spread(x)
+            },
             contributions=lambda: self.parts(number),
             noise=noise,
         )
 
+    def _cause_by_sums(
+        self,
+        name: str,
+        claimed: Leaf,
+        right: Leaf,
+        noise: float,
+        suspects: Suspects,
+        entries: Sequence[EntryCheck],
+        others: Mapping[str, Leaf],
+    ) -> Cause:
+        whole = suspects.total is not None
+        if not whole:  # what was measured of it
+            claimed = values_at(claimed, suspects.places)
+            right = values_at(right, suspects.places)
+        fit = Fits(*map(float, fits(claimed, right)))
+        worst = None
+        if entries:
+            worst = entries[0].index, entries[0].claimed, entries[0].reference
+        return find_cause_by_sums(
+            name,
+            Sums(
+                fit.claimed,
+                fit.right,
+                fit.off,
+                int(claimed.size),
+                int(fit.nonzero),
+                noise,
+                fit.factor,
+                fit.unlike,
+                fit.shift,
+                fit.uneven,
+                suspects.total,
+                suspects.rest,
+                worst,
+                {k: float(gap_of(x, right)) for k, x in others.items() if whole},
+                whole,
+            ),
+            counts=self.counts,
+        )
+
     def _digits(
-        self, row: LeafCheck, number: int, native: np.ndarray, claimed: np.ndarray
+        self, row: LeafCheck, number: int, native: Leaf, claimed: Leaf
     ) -> LeafCheck:
         if not self.measuring.claim.native:
             return row
         eps = epsilon(row.dtype)
-        error = _ratio(np.linalg.norm(native - claimed), np.linalg.norm(claimed))
+        error = _ratio(gap_of(native, claimed), size_of(claimed))
         digits = min(-math.log10(max(error, 1e-17)), 1 - math.log10(eps))
         if row.verdict == "wrong" and row.relative_error:
             digits = min(digits, -np.log10(row.relative_error))

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -46,7 +45,7 @@ from jaxgrad.comparing.sides import (
     natively,
 )
 from jaxgrad.comparing.torch_side import array_of
-from jaxgrad.equations import source_of
+from jaxgrad.precision import Product, coarsest, findings_of
 from jaxgrad.tables import Finding
 
 Array = npt.NDArray[Any]
@@ -283,8 +282,10 @@ class Comparison:
             *([_VALUES] if self._differing else []),
             *telling.forward_causes(found.both.run, found.explained),
         ]
-        precision = self._precision(native, measures, found)
-        causes += [precision] if precision else []
+        products = self.side.products()
+        self._findings += findings_of(coarsest(products))
+        precision = self._precision(native, measures, found, products)
+        causes += [precision[0]] if precision else []
         causes += [blame.cause for blame in found.blames]
         known = [cause for cause in causes if cause.kind != "unknown"]
         causes = known or causes[:1]
@@ -330,7 +331,7 @@ class Comparison:
         native: Both,
         measure: Measure,
         found: _Found,
-        precision: Cause | None,
+        precision: tuple[Cause, Verdict] | None,
     ) -> ParameterComparison:
         link, judged = self._links[place], found.measures[place]
         cause = next((b.cause for b in found.blames if place in b.links), None)
@@ -349,7 +350,7 @@ class Comparison:
                 own = [r for r in explained if link.name in r.parameters]
                 cause = telling.cause_of(found.both.run, (own or explained)[0])
         elif precision is not None and measure.relative > _IMPRECISE:
-            verdict, cause = "differs", precision
+            cause, verdict = precision
         elif measure.off > NATIVE * measure.theirs:
             verdict = "rounding"
         # What is less than so much of the whole gradient is taken for as much: of a
@@ -385,9 +386,16 @@ class Comparison:
         return "JAX" if ours > theirs else "PyTorch"
 
     def _precision(
-        self, native: Both, measures: Sequence[Measure], found: _Found
-    ) -> Cause | None:
-        """A product in fewer digits on one side, if that is what makes them differ."""
+        self,
+        native: Both,
+        measures: Sequence[Measure],
+        found: _Found,
+        products: Sequence[Product],
+    ) -> tuple[Cause, Verdict] | None:
+        """A product in fewer digits on one side, if that is what makes them differ.
+
+        One that the backend makes by default is rounding: the programs are the same.
+        """
         if not found.both.wide or not any(m.relative > _IMPRECISE for m in measures):
             return None
         if any(
@@ -398,20 +406,35 @@ class Comparison:
         arrays = [*self.side.leaves.values(), *self._parameters.values()]
         if any(array.dtype.itemsize < 4 for array in arrays):
             return None  # the parameters themselves have no more digits
-        ours = _low_precision(self.side)
+        cast = next((p for p in products if p.asked == "cast"), None)
         theirs = sorted(
             {str(r.tensor.dtype).removeprefix("torch.") for r in native.run.records}
             & {"bfloat16", "float16"}
         )
-        if bool(ours) == bool(theirs):
+        low = coarsest(products)
+        if theirs and (cast or (low and low.asked == "precision")):
             return None
-        if ours:
-            text = f"JAX multiplies in {ours}, PyTorch doesn't; in float64 they agree."
-        else:
+        text = ""
+        verdict: Verdict = "differs"
+        if theirs:
             text = (
                 f"PyTorch computes in {theirs[0]}, JAX doesn't; in float64 they agree."
             )
-        return Cause("matmul_precision", text)
+        elif cast:
+            text = (
+                f"JAX multiplies in {cast.digits} at {cast.place}, PyTorch doesn't; in "
+                "float64 they agree."
+            )
+        elif low:
+            given = self.model.shown(native.theirs)
+            again = compare_all(self._links, self.side.highest(), given)
+            if all(m.relative <= _IMPRECISE for m in again):
+                text = (
+                    f"In JAX {low.sentence}. The gradients agree in float64, and with "
+                    f"{low.remedy}."
+                )
+                verdict = "rounding" if low.asked == "default" else "differs"
+        return (Cause("matmul_precision", text), verdict) if text else None
 
     def _left_out(self, native: Both, unmatched: Unmatched) -> bool:
         """Whether something without a partner has a gradient."""
@@ -428,13 +451,3 @@ _VALUES = Cause(
     "The parameters have other values: copy PyTorch's, by load_torch_parameters for "
     "instance. What follows was computed with PyTorch's.",
 )
-
-
-def _low_precision(side: JaxSide) -> str:
-    """The dtype and line of a product in fewer digits than the leaves have."""
-    for eqn in side.equations():
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            dtype = eqn.invars[0].aval.dtype
-            if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
-                return f"{dtype.name} at {source_of(eqn)}"
-    return ""

@@ -32,6 +32,14 @@ from jaxgrad.equations import (
 )
 from jaxgrad.flow import Frame, forward_of
 from jaxgrad.operands import Operands, operands_of
+from jaxgrad.precision import (
+    Product,
+    at_highest,
+    backend_of,
+    gradient_of,
+    products,
+    with_backward,
+)
 from jaxgrad.pytrees import Loss, PyTree, as_params, kind_of, loss_and_aux
 
 Array = npt.NDArray[Any]
@@ -331,7 +339,7 @@ class JaxSide:
                 operands = replace(self._operands, arrays=self._placed(values, fixed))
                 try:
                     with jax.disable_jit(False):
-                        closed = self._trace(operands)
+                        closed = at_highest(self._trace(operands))
                     self._wide = Traced(
                         closed, [*values, *fixed], self.names, wide=True
                     )
@@ -351,6 +359,19 @@ class JaxSide:
             chosen[place] if place in chosen else next(stock)
             for place in range(len(self._operands.arrays))
         ]
+
+    def products(self) -> list[Product]:
+        """The products, of the backward pass too, that have fewer digits."""
+        every = with_backward(self._closed, len(self.names))
+        return products(every, backend_of(self._operands.arrays))
+
+    def highest(self) -> dict[str, Array]:
+        """The native gradient, with all products at the highest precision."""
+        closed = at_highest(gradient_of(self._closed, len(self.names)))
+        with jax.disable_jit(False):
+            run = jax.jit(partial(jax.core.eval_jaxpr, closed.jaxpr, closed.consts))
+            gradients = run(*self._operands.values, *self._operands.fixed)
+        return dict(zip(self.names, map(np.asarray, gradients), strict=True))
 
     def equations(self) -> list[Any]:
         """All equations of the loss, those inside others too."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from jaxgrad.equations.sites import CUSTOM, DROPPED, INLINE, body_of
 from jaxgrad.equations.values import bind, literal
@@ -187,6 +188,13 @@ def run(
     return values
 
 
+def _spread(number: Any, aval: Any) -> Any:
+    """A number at every entry, laid out as an array whose type says how."""
+    if AxisType.Explicit in aval.sharding.mesh.axis_types:
+        return jnp.broadcast_to(number, aval.shape, out_sharding=aval.sharding)
+    return jnp.broadcast_to(number, aval.shape)
+
+
 def flow(
     graph: Graph,
     operands: Sequence[Any],
@@ -208,7 +216,7 @@ def flow(
       tapped: variables of real or complex numbers.
     """
     taps = {v: jnp.full_like(jnp.empty((), graph.avals[v].dtype), -0.0) for v in tapped}
-    taps = {v: jnp.broadcast_to(x, graph.avals[v].shape) for v, x in taps.items()}
+    taps = {v: _spread(x, graph.avals[v]) for v, x in taps.items()}
 
     def forward(chosen: list[Any], taps: dict[int, Any]) -> Any:
         inputs = list(operands)

@@ -162,7 +162,8 @@ def _plain(eqn: Any, inputs: list[Value], walk: Walk, seen: Seen) -> list[Value]
     if isinstance(
         eqn.params.get("precision"), lax.DotAlgorithm | lax.DotAlgorithmPreset
     ):
-        changed["precision"] = None
+        # (None would become what `jax.default_matmul_precision` says, in a `vmap`.)
+        changed["precision"] = (lax.Precision.HIGHEST,) * 2
     try:
         out = _both(lambda operands: bind(eqn, operands, **changed), inputs, walk)
         if walk.pairs and len(out) == 1:

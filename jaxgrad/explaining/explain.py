@@ -6,16 +6,17 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
 from jaxgrad.explaining.line import Line, along
-from jaxgrad.explaining.programs import coarsest, lanczos, moved, programs_of
+from jaxgrad.explaining.programs import Form, coarsest, lanczos, moved, programs_of
 from jaxgrad.explaining.report import EntryStep, LeafStep, StepExplanation
 from jaxgrad.gradients import once_per_loss
 from jaxgrad.model import LinearParams
 from jaxgrad.operands import operands_of
+from jaxgrad.placing import check_devices, layouts_of, numbers_of
+from jaxgrad.precision import findings_of, lowered
 from jaxgrad.pytrees import Loss, PyTree, as_params, kind_of
 from jaxgrad.tables import Finding, number
 
@@ -50,6 +51,9 @@ def explain_step(
     and between the last two. A rise must be larger than the loss's rounding, which is
     measured there. All is computed in the parameters' own dtypes, as in training.
 
+    Arrays may be spread over a mesh, and stay as they are. Where other processes have
+    parts of them, every process must call this, and gets the same explanation.
+
     Args:
       loss: a pure function `loss(params, *args)` that returns a real scalar.
       params: any pytree; static leaves, keys and integers are held.
@@ -63,7 +67,8 @@ def explain_step(
       A `StepExplanation`. It is true if the step lowers the loss and all is finite.
 
     Raises:
-      ValueError: the learning rate isn't a finite number above 0.
+      ValueError: the learning rate isn't a finite number above 0; arrays are on
+        different devices.
       TypeError: as `value_and_grad`, but for leaves of integers.
 
     Example:
@@ -87,14 +92,16 @@ def explain_step(
         )
     params = as_params(params)
     operands, names, integers = operands_of(params, args, None)
-    look, value, product = once_per_loss(
+    check_devices(zip(operands.names, operands.arrays, strict=True))
+    layouts = layouts_of(operands.values)
+    programs = once_per_loss(
         loss, ("explain", has_aux), lambda get_loss: programs_of(get_loss, has_aux)
     )
     for forward in (True, False):  # whether there is a forward mode shows in tracing
-        form = operands.static, operands.chosen, forward
+        form = Form(operands.static, operands.chosen, forward, layouts)
         given = form, operands.values, operands.fixed
         try:
-            here, gradient, stats, curvature = look(*given, rate)
+            here, gradient, stats, curvature = programs.look(*given, rate)
             break
         except Exception:
             if not forward:
@@ -104,13 +111,15 @@ def explain_step(
     leaves, norm, size = _leaves(operands.values, names, gradient, stats, rate)
     finite = math.isfinite(here) and math.isfinite(norm)
     facts: dict[str, Any] = {}
-    findings = []
+    # (Traced by the call above: this finds it.)
+    closed = programs.look.trace(*given, rate).jaxpr
+    findings = findings_of(lowered(closed, operands.arrays))
     if finite:
         facts.update(loss_after=here, decrease=0.0, predicted_decrease=rate * norm**2)
     if finite and norm > 0:
 
         def phi(rate: float) -> float:
-            return float(value(*given, gradient, rate))
+            return float(programs.value(*given, gradient, rate))
 
         after = phi(rate)
         real = here - after if math.isfinite(after) else None
@@ -129,13 +138,14 @@ def explain_step(
             text = f"the loss isn't finite at learning rate {number(line.first_rise)}."
             findings.append(Finding("nonfinite_ahead", "", text))
     if sharpness and finite:
-        facts["sharpness"], sure = lanczos(product, given)
+        facts["sharpness"], sure = lanczos(programs, *given)
         if not sure:
             text = "not converged: the largest eigenvalue is at least the one given."
             text = "the Hessian isn't finite." if facts["sharpness"] is None else text
             findings.append(Finding("sharpness", "", text))
-    if isinstance(params, LinearParams) and args and kind_of(args[0]) in _REAL:
-        leaves, facts["predictions"] = _linear(leaves, np.ravel(args[0]))
+    linear = isinstance(params, LinearParams) and args and kind_of(args[0]) in _REAL
+    if linear and np.size(args[0]) <= _SMALL:
+        leaves, facts["predictions"] = _linear(leaves, np.ravel(numbers_of(args[0])))
     leaves += [
         LeafStep(n, x.shape, str(x.dtype), warning="not_differentiable")
         for n, x in integers
@@ -159,7 +169,7 @@ def _leaves(
     rate: float,
 ) -> tuple[list[LeafStep], float, float]:
     """What the step does to each leaf; the norms of gradient and parameters."""
-    norms, sizes, moves = np.asarray(stats).astype(np.float64).T
+    norms, sizes, moves = numbers_of(stats).astype(np.float64).T
     whole, size = math.hypot(*norms), math.hypot(*sizes)
     finite = math.isfinite(whole)
     roots = np.sqrt([max(x.size, 1) for x in values])
@@ -196,7 +206,7 @@ def _leaves(
 
 
 def _entries(value: Any, gradient: Any, rate: float) -> list[EntryStep]:
-    value, gradient = jax.device_get((value, gradient))
+    value, gradient = numbers_of(value), numbers_of(gradient)
     with np.errstate(all="ignore"):
         (after,) = moved([value], [gradient], np.asarray(rate))
     entries = []

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from jaxgrad.operands import Operands
+from jaxgrad.placing import Layout, keep
 from jaxgrad.pytrees import Loss, loss_and_aux
 
 # Lanczos takes some 20 products, and more only where the largest eigenvalue is one of
@@ -19,54 +19,105 @@ from jaxgrad.pytrees import Loss, loss_and_aux
 _PRODUCTS = 100
 
 
-def programs_of(get_loss: Callable[[], Loss], has_aux: bool) -> tuple[Any, ...]:
-    """Compiled `look`, `value` and `product`; each compiles when it is called.
+class Form(NamedTuple):
+    """What a loss's programs are compiled for, beside shapes and dtypes.
 
-    All take `(static, chosen, forward), values, fixed` and more. `forward`: the Hessian
-    times a vector is forward mode over the gradient, or else by differences. A backward
-    rule that calls a `custom_vjp` has no forward mode.
+    Attributes:
+      static: the leaves that are no arrays.
+      chosen: the places of the leaves to differentiate.
+      forward: the Hessian times a vector is forward mode over the gradient, or else by
+        differences. A backward rule that calls a `custom_vjp` has no forward mode.
+      layouts: of the leaves; all that is made like them has the same.
     """
 
-    def loss_of(form: Any, fixed: list[Any]) -> Callable[[list[Any]], Any]:
-        static, chosen, _ = form
+    static: Any
+    chosen: tuple[int, ...]
+    forward: bool
+    layouts: tuple[Layout, ...]
 
+
+class Programs(NamedTuple):
+    """Compiled functions of `(form, values, fixed, ...)`; each when it is called."""
+
+    look: Any
+    value: Any
+    begin: Any
+    advance: Any
+
+
+def programs_of(get_loss: Callable[[], Loss], has_aux: bool) -> Programs:
+    """The programs of a loss. Vectors are lists of leaves, never joined."""
+
+    def loss_of(form: Form, fixed: list[Any]) -> Callable[[list[Any]], Any]:
         def scalar(values: list[Any]) -> Any:
             blank = [None] * (len(values) + len(fixed))
-            operands = Operands(blank, static, (), chosen).merge(values, fixed)
-            return loss_and_aux(get_loss(), get_loss()(*operands), has_aux)[0]
+            whole = Operands(blank, form.static, (), form.chosen).merge(values, fixed)
+            return loss_and_aux(get_loss(), get_loss()(*whole), has_aux)[0]
 
         return scalar
 
-    def look(form: Any, values: list[Any], fixed: list[Any], rate: Any) -> Any:
+    def kept(vector: list[Any], form: Form) -> list[Any]:
+        return keep(vector, form.layouts)  # type: ignore[no-any-return]
+
+    def look(form: Form, values: list[Any], fixed: list[Any], rate: Any) -> Any:
         """Value, gradient, per leaf both norms and whether it moves, curvature."""
         value, gradient = jax.value_and_grad(loss_of(form, fixed))(values)
+        gradient = kept(gradient, form)
         new, stats = moved(values, gradient, rate), []
         for p, g, q in zip(values, gradient, new, strict=True):
-            stats.append(jnp.stack([_norm(g), _norm(p), jnp.any(q != p)]))
-        flat = _wide(ravel_pytree(gradient)[0])
-        unit = flat / _positive(_norm(flat))
+            stats.append(jnp.stack([_norm([g]), _norm([p]), jnp.any(q != p)]))
+        whole = _positive(_norm(gradient))
+        unit = [_wide(g) / whole for g in gradient]
         bent = product(form, values, fixed, unit)
-        curvature = (unit @ bent) / _positive(unit @ unit)
+        curvature = _inner(unit, bent) / _positive(_inner(unit, unit))
         return value, gradient, jnp.stack(stats), curvature
 
-    def value(form: Any, values: Any, fixed: Any, gradient: Any, rate: Any) -> Any:
+    def value(form: Form, values: Any, fixed: Any, gradient: Any, rate: Any) -> Any:
         return loss_of(form, fixed)(moved(values, gradient, rate))
 
-    def product(form: Any, values: Any, fixed: Any, vector: Any) -> Any:
-        flat, leaves_of = ravel_pytree(values)
-
-        def gradient(flat: Any) -> Any:
-            return ravel_pytree(jax.grad(loss_of(form, fixed))(leaves_of(flat)))[0]
-
-        vector = vector.astype(flat.dtype)
-        if form[-1]:
-            return _wide(jax.jvp(gradient, (flat,), (vector,))[1])
+    def product(form: Form, values: Any, fixed: Any, vector: list[Any]) -> list[Any]:
+        slope = jax.grad(loss_of(form, fixed))
+        if form.forward:
+            way = [v.astype(p.dtype) for v, p in zip(vector, values, strict=True)]
+            bent = jax.jvp(slope, (values,), (way,))[1]
+            return kept([_wide(x) for x in bent], form)
         # A central difference errs by h**2, and by eps / h for rounding.
-        h = (jnp.cbrt(coarsest(values)) * _positive(_norm(flat))).astype(flat.dtype)
-        ahead, behind = gradient(flat + h * vector), gradient(flat - h * vector)
-        return _wide(ahead - behind) / (2 * h)
+        h = jnp.cbrt(coarsest(values)) * _positive(_norm(values))
+        both = zip(values, vector, strict=True)
+        steps = [(_wide(p), h.astype(_wide(p).dtype) * v, p.dtype) for p, v in both]
+        ahead = slope([(p + step).astype(dtype) for p, step, dtype in steps])
+        behind = slope([(p - step).astype(dtype) for p, step, dtype in steps])
+        ends = zip(ahead, behind, strict=True)
+        return kept([_wide(a - b) / (2 * h) for a, b in ends], form)
 
-    return tuple(jax.jit(f, static_argnums=0) for f in (look, value, product))
+    def begin(form: Form, values: list[Any]) -> Any:
+        """A random unit vector, and the vector before it: zero."""
+        keys = jax.random.split(jax.random.key(0), len(values))
+        like = [_wide(p) for p in values]
+        both = zip(keys, like, strict=True)
+        drawn = [jax.random.normal(k, p.shape, p.dtype) for k, p in both]
+        norm = _positive(_norm(drawn))
+        vector = kept([x / norm for x in drawn], form)
+        return vector, kept([jnp.zeros_like(p) for p in like], form)
+
+    def advance(
+        form: Form, values: Any, fixed: Any, vector: Any, before: Any, beta: Any
+    ) -> Any:
+        """One step of Lanczos: the two new numbers, and the vector after this one."""
+        rest = product(form, values, fixed, vector)
+        rest = [r - beta * b for r, b in zip(rest, before, strict=True)]
+        alpha = _inner(rest, vector)
+        rest = [r - alpha * v for r, v in zip(rest, vector, strict=True)]
+        beta = _norm(rest)
+        return alpha, beta, [r / _positive(beta) for r in rest]
+
+    # `begin` takes nothing of the values but their devices.
+    return Programs(
+        look=jax.jit(look, static_argnums=0),
+        value=jax.jit(value, static_argnums=0),
+        begin=jax.jit(begin, static_argnums=0, keep_unused=True),
+        advance=jax.jit(advance, static_argnums=0),
+    )
 
 
 def moved(values: list[Any], gradient: list[Any], rate: Any) -> list[Any]:
@@ -88,36 +139,43 @@ def _positive(x: Any) -> Any:
     return jnp.where(x == 0, 1, x)
 
 
-def _norm(x: Any) -> Any:
+def _norm(leaves: list[Any]) -> Any:
     """The 2-norm, scaled: neither 1e30 nor 1e-30 leaves float32 when squared."""
-    largest = jnp.max(jnp.abs(_wide(x)), initial=0)
-    return largest * jnp.sqrt(jnp.sum((_wide(x) / _positive(largest)) ** 2))
+    sizes = [jnp.max(jnp.abs(_wide(x)), initial=0) for x in leaves]
+    largest = jnp.max(jnp.stack(sizes))
+    squares = [jnp.sum((_wide(x) / _positive(largest)) ** 2) for x in leaves]
+    return largest * jnp.sqrt(sum(squares))
 
 
-def lanczos(product: Any, given: tuple[Any, ...]) -> tuple[float | None, bool]:
+def _inner(one: list[Any], other: list[Any]) -> Any:
+    """The inner product of two vectors."""
+    return sum(jnp.sum(a * b) for a, b in zip(one, other, strict=True))
+
+
+def lanczos(
+    programs: Programs, form: Form, values: list[Any], fixed: list[Any]
+) -> tuple[float | None, bool]:
     """The largest eigenvalue of the Hessian, and whether it has converged.
 
     Without reorthogonalisation, which would keep every vector: eigenvalues found twice
     do no harm to the largest. It errs by less than the residual that is looked at.
     """
-    flat = _wide(ravel_pytree(given[1])[0])
-    vector = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
-    vector, before, beta = vector / jnp.linalg.norm(vector), jnp.zeros_like(flat), 0.0
+    vector, before = programs.begin(form, values)
     alphas: list[float] = []
     betas: list[float] = []
-    largest, tolerance = None, math.sqrt(coarsest(given[1]))
+    beta: Any = np.float32(0)
+    largest, tolerance = None, math.sqrt(coarsest(values))
     for _ in range(_PRODUCTS):
-        rest = product(*given, vector) - beta * before
-        alphas.append(float(rest @ vector))
-        rest -= alphas[-1] * vector
-        beta = float(jnp.linalg.norm(rest))
-        if not math.isfinite(alphas[-1] + beta):
+        alpha, beta, after = programs.advance(form, values, fixed, vector, before, beta)
+        before, vector = vector, after
+        alphas.append(float(alpha))
+        last = float(beta)
+        if not math.isfinite(alphas[-1] + last):
             return None, False
         off = np.diag(betas, 1)
         found, vectors = np.linalg.eigh(np.diag(alphas) + off + off.T)
         largest = float(found[-1])
-        if beta * abs(vectors[-1, -1]) <= tolerance * np.abs(found).max():
+        if last * abs(vectors[-1, -1]) <= tolerance * np.abs(found).max():
             return largest, True
-        betas.append(beta)
-        before, vector = vector, rest / beta
+        betas.append(last)
     return largest, False

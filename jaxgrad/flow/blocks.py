@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.compiling import Program
+from jaxgrad.compiling import Program, shaped
 from jaxgrad.equations import FLAT, Node, frames_of, in_library, run
 from jaxgrad.flow.frames import Frame
 from jaxgrad.flow.opening import forward_of, scan_of
@@ -19,6 +21,7 @@ from jaxgrad.flow.passing import (
     EXPLAINED,
     Reached,
     Reason,
+    all_of,
     contributes,
     dependent,
     is_blind,
@@ -26,6 +29,8 @@ from jaxgrad.flow.passing import (
     reason_of,
 )
 from jaxgrad.flow.places import Spot, spot_of
+from jaxgrad.flow.spread import at_hand
+from jaxgrad.placing import keep, numbers_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class _Blocked(NamedTuple):
 
 def blocks_of(frame: Frame, leaf: int) -> tuple[Block, ...]:
     """The steps that stop a leaf's gradient if it's all zero; none if it's unused."""
-    start = {leaf: np.ones(frame.graph.avals[leaf].shape, bool)}
+    start = {leaf: all_of(frame.graph.avals[leaf].shape)}
     found = list(_walk(frame, start))
     blocks: list[Block] = []
     # Where nothing else stops it, what is beside the point is the point.
@@ -81,27 +86,43 @@ _DIRECTIONS = 3
 
 def _at_minimum(frame: Frame, leaf: int) -> bool:
     """Whether the loss rises along random directions of a leaf, on both sides."""
-    graph, value = frame.graph, np.asarray(frame.values[leaf])
+    graph, value = frame.graph, frame.values[leaf]
     loss = graph.results[0]
     inputs = list(frame.values[: graph.inputs])
-    size = np.max(np.abs(value.astype(np.float64)), initial=0) or 1.0
-    rng = np.random.default_rng(0)
-    ways = rng.choice([-1.0, 1.0], (_DIRECTIONS, *value.shape)) * size
+    move = _moving(jax.typeof(value), value.sharding)
     program = frame.once(
         "loss", lambda: Program(lambda given: run(graph, given)[loss], None, inputs)
     )
 
-    def at(step: Any) -> float:
-        moved = jnp.asarray(value.astype(np.float64) + step, value.dtype)
+    def at(way: int, share: float) -> float:
+        moved = move(value, jnp.uint32(way), jnp.float32(share))
         return float(program([*inputs[:leaf], moved, *inputs[leaf + 1 :]]))
 
-    now = at(np.zeros(value.shape))
+    now = at(0, 0.0)
     # A loss adds up its terms in an order that a step may change: a few roundings.
     now += 8 * float(np.spacing(np.float32(abs(now))))
     return any(
-        all(at(sign * share * way) > now for way in ways for sign in (-1, 1))
+        all(at(way, by) > now for way in range(_DIRECTIONS) for by in (-share, share))
         for share in _SHARES
     )
+
+
+@functools.cache
+def _moving(aval: Any, sharding: Any) -> Program:
+    """Compiles a move of an array along a random direction, by a share of its size."""
+    like = shaped(aval.shape, aval.dtype, sharding)
+    wide = jnp.promote_types(aval.dtype, jnp.float32)
+
+    def moved(value: Any, way: Any, share: Any) -> Any:
+        here = value.astype(wide)
+        size = jnp.max(jnp.abs(here), initial=0)
+        signs = jax.random.rademacher(jax.random.key(way), aval.shape, wide)
+        there = here + share.astype(wide) * jnp.where(size > 0, size, 1) * signs
+        return keep([there.astype(value.dtype)], layouts)[0]
+
+    layouts = (sharding if sharding.num_devices > 1 else None,)
+    size = int(np.prod(aval.shape))
+    return Program(moved, size, like, jnp.uint32(0), jnp.float32(0))
 
 
 def _walk(frame: Frame, reached: Reached) -> Iterator[_Blocked]:
@@ -121,7 +142,7 @@ def _walk(frame: Frame, reached: Reached) -> Iterator[_Blocked]:
                 yield _Blocked(frame, number, "discarded")
             for v in node.outputs:
                 if graph.inexact(v):
-                    reached[v] = np.ones(graph.avals[v].shape, bool)
+                    reached[v] = all_of(graph.avals[v].shape)
             continue
         stopped = _stops(frame, node)
         if stopped:
@@ -220,7 +241,7 @@ def _chooses(blocked: _Blocked) -> bool:
 def _untaken(frame: Frame, node: Node, places: list[int], reached: Reached) -> bool:
     """Whether a `where` takes the other branch at an entry that has a gradient."""
     slope = nonzero(frame.cotangents.get(node.outputs[0]))
-    which = np.asarray(frame.values[node.operands[0]]).astype(int)
+    which = at_hand(frame.values[node.operands[0]]).astype(int)
     return any(
         bool((slope & reached[node.operands[p]] & (which != p - 1)).any())
         for p in places
@@ -301,10 +322,10 @@ class DeadEntries(NamedTuple):
 
 def dead_entries_of(gradient: Any) -> DeadEntries:
     """The zeros of a gradient."""
-    zero = np.asarray(gradient) == 0
+    zero = at_hand(gradient) == 0
     slices = []
     for axis in range(zero.ndim):
         rest = tuple(a for a in range(zero.ndim) if a != axis)
         whole = zero.all(axis=rest)
-        slices.append(tuple(int(i) for i in np.flatnonzero(whole)))
+        slices.append(tuple(int(i) for i in np.flatnonzero(numbers_of(whole))))
     return DeadEntries(int(zero.sum()), int(zero.size), tuple(slices))

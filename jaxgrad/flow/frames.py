@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import AxisType
 
-from jaxgrad.compiling import Program, shaped
+from jaxgrad.compiling import Program
 from jaxgrad.equations import (
     Graph,
     Node,
@@ -17,6 +20,7 @@ from jaxgrad.equations import (
     run,
 )
 from jaxgrad.flow.summaries import Summary, is_number, summary_of
+from jaxgrad.placing import keep, layouts_of, spans_processes
 
 Kind = Literal["iteration", "branch", "forward", "backward"]
 
@@ -78,6 +82,28 @@ class Frame:
         """The values of a node's inputs."""
         return [self.values[v] for v in self.node(number).operands]
 
+    @cached_property
+    def spans_processes(self) -> bool:
+        """Whether a part of its inputs is on other processes' devices."""
+        return spans_processes(list(self.values[: self.graph.inputs]))
+
+    @contextlib.contextmanager
+    def by_steps(self) -> Iterator[None]:
+        """Where equations are run one by one: compiled each, and on the loss's mesh.
+
+        On a mesh with explicit axes an equation that takes none of its arrays needs it.
+        """
+        frame = self
+        while frame.outer is not None:
+            frame = frame.outer.frame
+        layouts = filter(None, layouts_of(list(frame.values[: frame.graph.inputs])))
+        meshes: list[Any] = [
+            x.mesh for x in layouts if AxisType.Explicit in x.mesh.axis_types
+        ]
+        on_mesh = jax.set_mesh(meshes[0]) if meshes else contextlib.nullcontext()
+        with jax.disable_jit(False), on_mesh:
+            yield
+
     def name_of(self, variable: int) -> str:
         """A leaf's path, an argument, a number, or `#` and the step that made it."""
         if variable < self.graph.inputs:
@@ -103,9 +129,17 @@ class Frame:
 
 
 def flowing(
-    graph: Graph, operands: Sequence[Any], moving: Sequence[int], places: Sequence[int]
+    graph: Graph,
+    operands: Sequence[Any],
+    moving: Sequence[int],
+    seeds: Mapping[int, Any],
 ) -> Program:
-    """Compiles `flow` for operands and for cotangents of the results at some places."""
+    """Compiles `flow` for operands and cotangents of the results like those given.
+
+    A cotangent is laid out over devices as its input is.
+    """
+    places = list(seeds)
+    layouts = layouts_of([operands[v] for v in moving])
 
     def lower(smoothly: bool) -> Program:
         moved = graph.moved_by(moving, smoothly=smoothly)
@@ -116,11 +150,11 @@ def flowing(
 
         def program(operands: Sequence[Any], seeds: Sequence[Any]) -> Any:
             by_place = dict(zip(places, seeds, strict=True))
-            return flow(graph, operands, moving, by_place, tapped)
+            made, cotangents = flow(graph, operands, moving, by_place, tapped)
+            kept = keep([cotangents[v] for v in moving], layouts)
+            return made, {**cotangents, **dict(zip(moving, kept, strict=True))}
 
-        avals = [graph.avals[graph.results[place]] for place in places]
-        seeds = [shaped(a.shape, a.dtype) for a in avals]
-        return Program(program, None, operands, seeds)
+        return Program(program, None, operands, list(seeds.values()))
 
     try:
         return lower(smoothly=False)
@@ -147,7 +181,7 @@ def frame_of(
     moving = tuple(v for v in moving if graph.inexact(v)) if seeds else ()
     if program is None:
         program = (
-            flowing(graph, operands, moving, list(seeds))
+            flowing(graph, operands, moving, seeds)
             if moving
             else running(graph, operands)
         )

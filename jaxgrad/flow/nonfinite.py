@@ -13,6 +13,7 @@ from jaxgrad.flow.frames import Frame
 from jaxgrad.flow.opening import backward_of
 from jaxgrad.flow.origins import Found, origin_of_gradient, origin_of_value
 from jaxgrad.flow.reasons import Origin, explain
+from jaxgrad.flow.spread import at_hand, nth, space
 from jaxgrad.flow.summaries import is_number
 
 
@@ -49,7 +50,8 @@ def _folded(frame: Frame) -> Origin | None:
             if backward is None or ours is None or _count(frame, ours, nan=True):
                 continue
             single = backward.contribution(place)
-            if not np.isnan(np.asarray(single)).any():
+            single = at_hand(single)
+            if not space(single).isnan(single).any():
                 continue
             graph = backward.frame.graph
             result = graph.results[backward.operands.index(place)]
@@ -95,10 +97,9 @@ def _count(frame: Frame, value: Any, *, nan: bool = False) -> int:
 
 def _where(value: Any) -> tuple[int, ...]:
     """The first entry that is NaN, or else infinite."""
-    array = np.asarray(value)
-    mask = np.isnan(array)
-    mask = mask if mask.any() else ~np.isfinite(array)
-    return tuple(int(i) for i in np.unravel_index(int(mask.argmax()), array.shape))
+    array = at_hand(value)
+    mask = space(array).isnan(array)
+    return nth(mask if mask.any() else ~space(array).isfinite(array))
 
 
 def _births(frame: Frame, *, nan: bool) -> Iterator[Found]:

@@ -24,6 +24,7 @@ from jaxgrad.equations import (
     scan_parts,
 )
 from jaxgrad.flow.frames import Frame, Opening, flowing, frame_of, running
+from jaxgrad.placing import layouts_of
 
 
 def opens(node: Node) -> bool:
@@ -100,7 +101,6 @@ class Scan(NamedTuple):
       graph: the body's.
       moving: the body's inputs that depend on the parameters.
       seeds: the cotangents of the scan's outputs, by place.
-      program: the body's, compiled.
     """
 
     carries: list[Any]
@@ -110,7 +110,6 @@ class Scan(NamedTuple):
     graph: Graph
     moving: tuple[int, ...]
     seeds: dict[int, Any]
-    program: Any
 
 
 def scan_of(frame: Frame, number: int) -> Scan:
@@ -165,24 +164,14 @@ def _scan(frame: Frame, number: int) -> Scan:
     given = operands, list(seeds.values())
     carries, cotangents = Program(program, None, *given)(*given)
     rows = range(length)
-    moving = moving if seeds else ()
-    body = [*consts, *carry, *(x[0] for x in xs)] if length else []
-    compiled = None
-    if length:
-        compiled = (
-            flowing(graph, body, moving, _body_places(seeds, cotangents, count))
-            if moving
-            else running(graph, body)
-        )
     return Scan(
         carries=list(carries),
         cotangents=dict(cotangents),
         counts=(first, count, len(xs)),
         order=rows[::-1] if params["reverse"] else rows,
         graph=graph,
-        moving=moving,
+        moving=moving if seeds else (),
         seeds=seeds,
-        program=compiled,
     )
 
 
@@ -225,9 +214,24 @@ def _iteration(frame: Frame, number: int, row: int) -> Frame:
     names[first : first + count] = [f"carry[{k}]" for k in range(count)]
     names[first + count :] = [f"{name}[{row}]" for name in names[first + count :]]
     outer = Opening(frame, number, "iteration", row)
-    return frame_of(
-        scan.graph, now, names, scan.moving, seeds, outer, program=scan.program
+    # All iterations run one program, and lie on the devices as its operands did.
+    given = [*now, *seeds.values()]
+    program, layouts = frame.once(
+        (number, "body"),
+        lambda: (
+            flowing(scan.graph, now, scan.moving, seeds)
+            if scan.moving
+            else running(scan.graph, now),
+            layouts_of(given),
+        ),
     )
+    given = [
+        x if layout is None else jax.device_put(x, layout)
+        for x, layout in zip(given, layouts, strict=True)
+    ]
+    now, then = given[: len(now)], given[len(now) :]
+    seeds = dict(zip(seeds, then, strict=True))
+    return frame_of(scan.graph, now, names, scan.moving, seeds, outer, program=program)
 
 
 def turns_of(frame: Frame, number: int, watched: Callable[[list[Any]], Any]) -> Any:
@@ -359,7 +363,7 @@ def _backward(frame: Frame, number: int) -> Backward | None:
     outer_names = [_outer_name(frame, node.outputs[place]) for place in seeds]
     names += [f"gradient of {name}" for name in outer_names]
     # Step by step: programs for each would have to be compiled, and XLA drops some NaN.
-    with jax.disable_jit(False):
+    with frame.by_steps():
         values = run(graph, [*operands, *seeds.values()])
     inner = Frame(
         graph, values, {}, tuple(names), (), Opening(frame, number, "backward")

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.equations import bind
 from jaxgrad.flow.frames import Frame
 from jaxgrad.flow.opening import backward_of, forward_of, opens, scan_of, turns_of
-
-Index = tuple[int, ...]
+from jaxgrad.flow.spread import (
+    Index,
+    at_hand,
+    between,
+    nth,
+    only,
+    pick,
+    picked,
+    placed,
+    space,
+)
+from jaxgrad.placing import layout_of
 
 
 class Entry(NamedTuple):
@@ -25,7 +37,7 @@ class Entry(NamedTuple):
     @property
     def value(self) -> Any:
         """The number."""
-        return np.asarray(self.frame.values[self.variable][self.at])
+        return pick(self.frame.values[self.variable], self.at)
 
 
 class Found(NamedTuple):
@@ -110,7 +122,7 @@ def _inside(frame: Frame, number: int, place: int, index: Index) -> Entry:
             inner = forward_of(frame, number, index[0])
             return Entry(inner, inner.graph.results[place], index[1:])
         # The last iteration that still began with a finite number there.
-        began = np.asarray(scan.carries[place][(slice(None), *index)])
+        began = pick(scan.carries[place], index)
         since = [row for row in scan.order if not bad(began[row])]
         if not since:
             start = node.operands[scan.counts[0] + place]
@@ -120,7 +132,7 @@ def _inside(frame: Frame, number: int, place: int, index: Index) -> Entry:
     if node.name == "while":
         skipped = node.eqn.params["cond_nconsts"] + node.eqn.params["body_nconsts"]
         _, last = turns_of(
-            frame, number, lambda carry: jax.numpy.isfinite(carry[place][index])
+            frame, number, lambda carry: jnp.isfinite(picked(carry[place], index))
         )
         if last < 0:
             return Entry(frame, node.operands[skipped + place], index)
@@ -227,19 +239,21 @@ def _through(
             rows, inner_index = list(reversed(scan.order)), index
         for row in rows:
             inner = forward_of(frame, number, row)
-            if place in inner.cotangents and bad(inner.cotangents[place][inner_index]):
+            if place in inner.cotangents and bad(
+                pick(inner.cotangents[place], inner_index)
+            ):
                 return _Gradient(inner, place, inner_index)
         return None
     if node.name == "cond":
         inner = forward_of(frame, number)
         cotangent = inner.cotangents.get(place - 1)
-        if cotangent is None or not bad(cotangent[index]):
+        if cotangent is None or not bad(pick(cotangent, index)):
             return None
         return _Gradient(inner, place - 1, index)
     backward = backward_of(frame, number)
     if backward is None or place not in backward.operands:
         return None
-    if not bad(backward.contribution(place)[index]):
+    if not bad(pick(backward.contribution(place), index)):
         return None
     graph = backward.frame.graph
     result = graph.results[backward.operands.index(place)]
@@ -262,14 +276,14 @@ def _beyond(frame: Frame, place: int, index: Index) -> _Gradient | None:
             if turn < len(scan.order):
                 inner = forward_of(outer.frame, outer.number, scan.order[turn])
                 variable = scan.counts[0] + place
-                if not bad(inner.cotangents[variable][index]):
+                if not bad(pick(inner.cotangents[variable], index)):
                     return None
                 return _Gradient(inner, variable, index)
             variable = node.outputs[place]
     else:
         return None
     cotangent = outer.frame.cotangents.get(variable)
-    if cotangent is None or not bad(cotangent[index]):
+    if cotangent is None or not bad(pick(cotangent, index)):
         return None
     return _Gradient(outer.frame, variable, index)
 
@@ -284,73 +298,85 @@ def _culprit(
     second says if it takes more than one, or makes NaN of infinities.
     """
     node = frame.node(number)
-    operands = [np.asarray(x) if _real(x) else x for x in frame.operands(number)]
-    target = np.asarray(frame.values[node.outputs[place]][index])
+    operands = [at_hand(x) if _real(x) else x for x in frame.operands(number)]
+    target = pick(frame.values[node.outputs[place]], index)
     wants_nan = bool(np.isnan(target))
-    masks = [~np.isfinite(x) if _real(x) else np.zeros(0, bool) for x in operands]
-    # One row per bad entry: of which operand, and where in it.
-    entries = np.concatenate(
-        [
-            np.stack([np.full(m.sum(), k), np.flatnonzero(m)], 1)
-            for k, m in enumerate(masks)
-        ]
-    )
-    if not len(entries):
+    masks = {k: ~space(x).isfinite(x) for k, x in enumerate(operands) if _real(x)}
+    masks = {k: mask for k, mask in masks.items() if mask.any()}
+    if not masks:
         return None, False
 
-    def still_bad(*kept: np.ndarray) -> bool:
-        rows, inputs = np.concatenate(kept), list(operands)
-        for k, mask in enumerate(masks):
-            if mask.any():
-                # 1 is in every function's domain, and no one's pole.
-                array = np.where(mask, np.ones((), operands[k].dtype), operands[k])
-                flat = rows[rows[:, 0] == k, 1]
-                array.reshape(-1)[flat] = operands[k].reshape(-1)[flat]
-                inputs[k] = array
-        with jax.disable_jit(False):
-            out = np.asarray(bind(node.eqn, inputs)[place][index])
+    def still_bad(kept: _Chosen) -> bool:
+        inputs = list(operands)
+        for k, mask in masks.items():
+            # 1 is in every function's domain, and no one's pole.
+            one, xp = np.ones((), operands[k].dtype), space(mask)
+            kept_here = kept.get(k, np.zeros((), bool))
+            array = xp.where(mask & ~kept_here, one, operands[k])
+            inputs[k] = array
+        for k, x in enumerate(frame.operands(number)):
+            if layout_of(x) is not None and _real(x):
+                inputs[k] = placed(inputs[k], x)
+        with frame.by_steps():
+            out = pick(bind(node.eqn, inputs)[place], index)
         return bool(np.isnan(out)) if wants_nan else bad(out)
 
-    if still_bad(entries[:0]):
+    if still_bad({}):
         return None, False
     shape = frame.graph.avals[node.outputs[place]].shape
-    here = int(np.ravel_multi_index(index, shape)) if shape else 0
-    fits = np.array([np.shape(x) == shape for x in operands])
-    alone = np.array([np.shape(x) == () for x in operands])
-    same = (fits[entries[:, 0]] & (entries[:, 1] == here)) | alone[entries[:, 0]]
-    nans = np.array([np.isnan(operands[k].reshape(-1)[i]) for k, i in entries[same]])
-    tried = [entries[same][nans.astype(bool)], entries[same]]
-    if wants_nan:
-        every = [
-            np.stack([np.full(np.isnan(x).sum(), k), np.flatnonzero(np.isnan(x))], 1)
-            for k, x in enumerate(operands)
-            if masks[k].any()
-        ]
-        tried.insert(1, np.concatenate(every))
-    entries = next((t for t in tried if len(t) and still_bad(t)), entries)
-    (k, flat), joint = _narrow(entries, still_bad)
-    at = tuple(int(i) for i in np.unravel_index(flat, operands[k].shape))
-    made_nan = wants_nan and not np.isnan(operands[k][at])
+    same: _Chosen = {}
+    for k, mask in masks.items():
+        if np.shape(mask) in (shape, ()):
+            same[k] = only(mask, index) if np.shape(mask) else mask
+    nans = {k: space(operands[k]).isnan(operands[k]) for k in masks}
+    tried = [{k: mask & nans[k] for k, mask in same.items()}]
+    tried += [nans, same] if wants_nan else [same]
+    chosen = next((t for t in tried if _any(t) and still_bad(t)), masks)
+    (k, at), joint = _narrow(chosen, still_bad)
+    made_nan = wants_nan and not np.isnan(pick(operands[k], at))
     return Entry(frame, node.operands[k], at), made_nan or (joint and wants_nan)
 
 
+_Chosen = dict[int, Any]
+"""Some entries of a node's inputs: a mask per input."""
+
+
+def _any(chosen: _Chosen) -> bool:
+    return any(bool(mask.any()) for mask in chosen.values())
+
+
 def _real(value: Any) -> bool:
-    return bool(jax.numpy.issubdtype(value.dtype, jax.numpy.inexact))
+    return bool(jnp.issubdtype(value.dtype, jnp.inexact))
 
 
 def _narrow(
-    entries: np.ndarray, still_bad: Callable[..., bool]
-) -> tuple[tuple[int, int], bool]:
+    chosen: _Chosen, still_bad: Callable[[_Chosen], bool]
+) -> tuple[tuple[int, Index], bool]:
     """One of the entries that is enough, or of several that only are so together."""
-    context, joint = entries[:0], False
-    while len(entries) > 1:
-        half = len(entries) // 2
-        one, other = entries[:half], entries[half:]
-        if still_bad(context, one):
-            entries = one
-        elif still_bad(context, other):
-            entries = other
+    counts = {k: int(mask.sum()) for k, mask in chosen.items()}
+
+    def part(*ranges: tuple[int, int]) -> _Chosen:
+        found, first = {}, 0
+        for k, mask in chosen.items():
+            parts = [between(mask, a - first, b - first) for a, b in ranges]
+            found[k] = functools.reduce(operator.or_, parts)
+            first += counts[k]
+        return found
+
+    context: list[tuple[int, int]] = []
+    start, stop, joint = 0, sum(counts.values()), False
+    while stop - start > 1:
+        middle = (start + stop) // 2
+        if still_bad(part(*context, (start, middle))):
+            stop = middle
+        elif still_bad(part(*context, (middle, stop))):
+            start = middle
         else:
             joint = True
-            context, entries = np.concatenate([context, other]), one
-    return (int(entries[0, 0]), int(entries[0, 1])), joint
+            context.append((middle, stop))
+            stop = middle
+    for k, mask in chosen.items():
+        if start < counts[k]:
+            return (k, nth(mask, start)), joint
+        start -= counts[k]
+    raise AssertionError("an entry is left")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.equations import bind, in_library, rule_place, run
 from jaxgrad.flow.frames import Frame
 from jaxgrad.flow.opening import backward_of, forward_of
+from jaxgrad.flow.spread import at_hand, placed, space
 
 Reason = Literal[
     "stop_gradient",
@@ -57,7 +58,7 @@ Reached = dict[int, Any]
 
 def nonzero(cotangent: Any) -> Any:
     """Which entries of a cotangent aren't zero; none if there is none."""
-    return False if cotangent is None else np.asarray(cotangent) != 0
+    return np.zeros((), bool) if cotangent is None else at_hand(cotangent) != 0
 
 
 # Each output entry is one input entry, or none.
@@ -104,18 +105,18 @@ def dependent(
     masks = [reached.get(v) for v in node.operands]
     shapes = {np.shape(graph.avals[v]) for v in (*node.operands, *outputs)} - {()}
     if node.name in (*_MOVES, *_SUMS):
-        rest = np.ones if node.name in _SUMS else np.zeros
+        rest = np.array(node.name in _SUMS)
         inputs = []
         for place, value in enumerate(frame.operands(number)):
             if not graph.inexact(node.operands[place]):
                 inputs.append(value)
-            elif place in places:
-                inputs.append(jnp.asarray(masks[place], value.dtype))
             else:
-                inputs.append(jnp.asarray(rest(value.shape), value.dtype))
-        with jax.disable_jit(False):
+                mask = masks[place] if place in places else rest
+                inputs.append(placed(_whole(mask, value.shape), value))
+        with frame.by_steps():
             out = dict(zip(node.outputs, bind(node.eqn, inputs), strict=True))
-        return {v: np.nan_to_num(np.asarray(out[v])) != 0 for v in outputs}
+        found = {v: at_hand(out[v]) for v in outputs}
+        return {v: space(x).nan_to_num(x) != 0 for v, x in found.items()}
     if node.name in _BY_AXES:
         mask = masks[places[0]]
         assert mask is not None
@@ -124,8 +125,18 @@ def dependent(
     if len(shapes) == 1 and not whole and node.name not in _MIXING:
         each = [mask for p in places if (mask := masks[p]) is not None]
         (shape,) = shapes
-        return {v: np.broadcast_to(np.any(each, axis=0), shape) for v in outputs}
-    return {v: np.ones(graph.avals[v].shape, bool) for v in outputs}
+        every = _whole(functools.reduce(operator.or_, each), shape)
+        return dict.fromkeys(outputs, every)
+    return {v: all_of(graph.avals[v].shape) for v in outputs}
+
+
+def all_of(shape: tuple[int, ...]) -> Any:
+    """A mask that is true everywhere, and takes no memory."""
+    return np.broadcast_to(np.array(True), shape)
+
+
+def _whole(mask: Any, shape: tuple[int, ...]) -> Any:
+    return space(mask).broadcast_to(mask, shape)
 
 
 # Of one shape, and yet each output entry depends on many input entries.
@@ -170,7 +181,7 @@ def is_blind(frame: Frame, number: int, place: int, reached: Reached) -> bool:
     node = frame.node(number)
     if not (node.name in _GATES or node.custom):
         return False
-    added = _with(frame, number, place, np.ones_like)
+    added = _with(frame, number, place, _one)
     if added is None:  # what comes later stops it: nothing is asked of this step
         return False
     return not (reached[node.operands[place]] & nonzero(added)).any()
@@ -188,13 +199,17 @@ def _with(
         return None
     graph, count = backward.frame.graph, len(frame.node(number).operands)
     given = [
-        jnp.asarray(arriving(np.asarray(x)), x.dtype) if i >= count
-        else x if used is None else jnp.asarray(used(np.asarray(x)), x.dtype)
+        placed(arriving(at_hand(x)), x) if i >= count
+        else x if used is None else placed(used(at_hand(x)), x)
         for i, x in enumerate(backward.frame.values[: graph.inputs])
     ]  # fmt: skip
-    with jax.disable_jit(False):
+    with frame.by_steps():
         values = run(graph, given)
     return values[graph.results[backward.operands.index(place)]]
+
+
+def _one(array: Any) -> Any:
+    return space(array).ones_like(array)
 
 
 # Slopes that are zero at a number, and not near it.
@@ -223,20 +238,20 @@ def reason_of(frame: Frame, number: int, place: int, reached: Reached) -> Reason
     if node.name in ("mul", "dot_general", "conv_general_dilated"):
         return _of_product(frame, number, place, mask)
     if node.name == "div":
-        above = np.asarray(frame.values[node.operands[0]])
+        above = at_hand(frame.values[node.operands[0]])
         return "zero factor" if place == 1 and not above.any() else "underflow"
     if node.name in ("exp", "exp2"):
-        value = np.asarray(frame.values[node.outputs[0]])
+        value = at_hand(frame.values[node.outputs[0]])
         return "underflow" if not value.any() else "saturation"
     if node.name in _LIMITED:
         return "saturation"
     if node.name in ("reduce_prod", "cumprod"):
-        factors = np.asarray(frame.values[node.operands[0]])
+        factors = at_hand(frame.values[node.operands[0]])
         return "underflow" if factors.all() else "zero factor"
     if node.name in (*_MOVES, *_SUMS, "add", "sub"):
         small = node.name == "convert_element_type"
         return "underflow" if small else "cancellation"
-    if (mask & nonzero(_with(frame, number, place, np.ones_like))).any():
+    if (mask & nonzero(_with(frame, number, place, _one))).any():
         return "underflow"
     return "at a minimum" if node.name in _BOTTOMS else "saturation"
 
@@ -249,9 +264,9 @@ def _of_product(frame: Frame, number: int, place: int, mask: Any) -> Reason:
         return bool((mask & nonzero(_with(frame, number, place, arriving, used))).any())
 
     if len(set(node.operands[:2])) == 1:
-        return "underflow" if passes(np.ones_like, None) else "at a minimum"
+        return "underflow" if passes(_one, None) else "at a minimum"
     if not passes(lambda x: x != 0, lambda x: x != 0):
         arrives = any(nonzero(frame.cotangents.get(v)).any() for v in node.outputs)
-        if arrives or not passes(np.ones_like, lambda x: x != 0):
+        if arrives or not passes(_one, lambda x: x != 0):
             return "zero factor"
-    return "cancellation" if passes(np.abs, np.abs) else "underflow"
+    return "cancellation" if passes(abs, abs) else "underflow"

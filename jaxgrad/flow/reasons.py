@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -21,6 +22,7 @@ from jaxgrad.flow.opening import opens
 from jaxgrad.flow.origins import Entry, Found, bad
 from jaxgrad.flow.places import Spot, operation_of, spot_of
 from jaxgrad.flow.repairs import REPAIRS, safe_code
+from jaxgrad.flow.spread import pick
 
 NonfiniteKind = Literal[
     "infinite slope",
@@ -212,13 +214,16 @@ def _operands_at(
     numbers: list[float | None] = []
     for x in frame.operands(number):
         shape = np.shape(x)
-        if not np.issubdtype(np.asarray(x).dtype, np.complexfloating) and (
-            shape == () or len(shape) == len(index)
-        ):
-            numbers.append(float(np.asarray(x[index] if shape else x)))
+        fits = shape == () or _within(index, shape)
+        if fits and not jnp.issubdtype(x.dtype, jnp.complexfloating):
+            numbers.append(float(pick(x, index if shape else ())))
         else:
             numbers.append(None)
     return numbers
+
+
+def _within(index: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(shape) == len(index) and all(map(operator.lt, index, shape))
 
 
 _SLOPED = {
@@ -404,11 +409,9 @@ def _arriving(frame: Frame, index: tuple[int, ...]) -> float | None:
     assert outer is not None
     count = len(outer.frame.node(outer.number).operands)
     for value in frame.values[count : frame.graph.inputs]:
-        if len(np.shape(value)) == len(index) and np.isrealobj(np.asarray(value)):
-            try:
-                return float(value[index])
-            except IndexError:
-                return None
+        if len(np.shape(value)) == len(index) and not jnp.iscomplexobj(value):
+            inside = _within(index, np.shape(value))
+            return float(pick(value, index)) if inside else None
     return None
 
 
@@ -421,13 +424,10 @@ def _dropped_by(frame: Frame, number: int, index: tuple[int, ...]) -> str:
         if not used:
             continue
         if node.name == "select_n" and used[0]:
-            which = np.asarray(frame.values[node.operands[0]])
-            here = which[index] if which.ndim == len(index) else which.ravel()[:1]
-            try:
-                dropped = int(np.asarray(here).ravel()[0]) not in [p - 1 for p in used]
-            except IndexError:
-                dropped = False
-            if dropped:
+            which = frame.values[node.operands[0]]
+            shape = np.shape(which)
+            here = index if len(shape) == len(index) else (0,) * len(shape)
+            if _within(here, shape) and int(pick(which, here)) + 1 not in used:
                 line, own = source_of(*node.lines), source_of(*frame.node(number).lines)
                 where = "" if line == own else f" in {line}"
                 return (

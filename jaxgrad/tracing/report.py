@@ -20,7 +20,7 @@ from jaxgrad.flow import (
     dead_entries_of,
     first_nonfinite,
 )
-from jaxgrad.tables import Report, Table, plain
+from jaxgrad.tables import Finding, Report, Table, findings_table, plain
 from jaxgrad.tracing import drawing
 from jaxgrad.tracing.mermaid import mermaid_of
 from jaxgrad.tracing.steps import Step, shown, steps_of
@@ -30,19 +30,22 @@ from jaxgrad.tracing.steps import Step, shown, steps_of
 class GradientTrace(Report):
     """What `trace_gradient` found.
 
-    Large arrays stay on their device; a summary of one is computed when it's asked for.
+    Large arrays stay on their devices. A summary of one is computed when it's asked
+    for, or in the call, if other processes have parts of them.
 
     Attributes:
       loss: its value.
       gradient: as `jaxgrad.grad(loss)` gives it.
       name: the loss's name, file and line.
       not_differentiable: the leaves of integers and booleans.
+      findings: what to know beyond the tables.
     """
 
     loss: float
     gradient: Any
     name: str
     not_differentiable: tuple[str, ...]
+    findings: tuple[Finding, ...]
     _frame: Frame = field(repr=False)
 
     @cached_property
@@ -102,6 +105,14 @@ class GradientTrace(Report):
             for blocks in self.blocked.values()
         )
 
+    def settle(self) -> None:
+        """Computes all that it shows, now, while every process takes part."""
+        for step in self.steps:
+            for output in step.outputs:
+                _ = output.value, output.cotangent
+            _ = step.local_derivatives
+        _ = self.leaves, self.nonfinite, self.dead_entries, self.ok
+
     @property
     def _gradients(self) -> Mapping[str, Any]:
         frame = self._frame
@@ -109,7 +120,10 @@ class GradientTrace(Report):
 
     def tables(self) -> list[Table]:
         """The verdict, what is bad, and one row per source line and scope."""
-        return drawing.tables(self)
+        tables = drawing.tables(self)
+        if self.findings:
+            tables.insert(-1, findings_table(self.findings))
+        return tables
 
     def _repr_html_(self) -> str:
         return drawing.html_of(self)
@@ -143,5 +157,6 @@ class GradientTrace(Report):
             "blocked": plain(self.blocked),
             "dead_entries": plain(self.dead_entries),
             "not_differentiable": plain(self.not_differentiable),
+            "findings": plain(self.findings),
             "steps": steps,
         }

@@ -22,6 +22,7 @@ from jaxgrad.flow import (
     line_of,
     opens,
 )
+from jaxgrad.placing import numbers_of
 
 # So many numbers are shown as they are.
 SMALL = 8
@@ -56,7 +57,7 @@ def shown(frame: Frame, array: Any) -> np.ndarray | Summary | None:
     """An array's numbers if they are few, else a summary."""
     if array is None or not is_number(array.dtype):
         return None
-    return np.asarray(array) if np.size(array) <= SMALL else frame.summary(array)
+    return numbers_of(array) if np.size(array) <= SMALL else frame.summary(array)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +149,16 @@ class Step(Line):
         Raises:
           IndexError: the loop has no such iteration.
           ValueError: the step takes no part in the backward pass.
+          RuntimeError: parts of the loss's arrays are on other processes' devices.
         """
+        if self._frame.spans_processes:
+            raise RuntimeError(
+                f"Step {self.number}, `{self.operation}`: what is inside would be "
+                "computed now, by all processes that have a part of the loss's arrays. "
+                "Trace the loss in one process, on arrays that are its own: "
+                "`multihost_utils.process_allgather(params, tiled=True)` of "
+                "`jax.experimental` has them, and a few examples are enough."
+            )
         node = self._frame.node(self.number)
         if opens(node) and not node.custom:
             return tuple(steps_of(forward_of(self._frame, self.number, index)))

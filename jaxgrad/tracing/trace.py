@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jaxgrad.equations import call, graph_of, in_library
 from jaxgrad.flow import frame_of
 from jaxgrad.operands import operands_of
+from jaxgrad.placing import check_devices
+from jaxgrad.precision import findings_of, lowered, with_backward
 from jaxgrad.pytrees import (
     Loss,
     PyTree,
@@ -20,6 +22,7 @@ from jaxgrad.pytrees import (
     kind_of,
     loss_and_aux,
 )
+from jaxgrad.tables import Finding
 from jaxgrad.tracing.report import GradientTrace
 
 
@@ -33,6 +36,9 @@ def trace_gradient(
     that it came from. Where the loss or a gradient is NaN or infinite, the trace says
     where the first such number was made, why, and what to write instead; where a
     parameter's gradient is zero, which steps stop it.
+
+    Arrays may be spread over a mesh, and stay as they are. Where other processes have
+    parts of them, every process must call this, and gets the same trace.
 
     Args:
       loss: a pure function `loss(params, *args)` that returns a real scalar.
@@ -49,7 +55,7 @@ def trace_gradient(
       TypeError: there is nothing to differentiate, or a leaf is complex; the loss isn't
         a real scalar; it needs the value of an array on the host (`float(x)`,
         `x.item()`, `np.asarray(x)`, `if x > 0`).
-      ValueError: the loss is an array, not a scalar.
+      ValueError: the loss is an array, not a scalar; arrays are on different devices.
 
     Example:
       >>> import jax.numpy as jnp, jaxgrad
@@ -65,6 +71,7 @@ def trace_gradient(
     """
     params = as_params(params)
     operands, leaves, integers = operands_of(params, args, None)
+    check_devices(zip(operands.names, operands.arrays, strict=True))
     chosen = set(operands.chosen)
     fixed = [n for i, n in enumerate(operands.names) if i not in chosen]
 
@@ -87,6 +94,7 @@ def trace_gradient(
             range(len(leaves)),
             {0: jnp.ones(aval.shape, aval.dtype)},
         )
+        every = with_backward(closed, len(leaves))
     except (
         jax.errors.ConcretizationTypeError,
         jax.errors.NonConcreteBooleanIndexError,
@@ -104,13 +112,26 @@ def trace_gradient(
     tree = jax.tree.map(
         lambda leaf: next(stock) if kind_of(leaf) == "differentiable" else None, params
     )
-    return GradientTrace(
+    findings = findings_of(lowered(every, operands.arrays))
+    trace = GradientTrace(
         loss=float(frame.values[graph.results[0]]),
         gradient=tree,
         name=function_name(loss),
         not_differentiable=tuple(name for name, _ in integers),
+        findings=(*findings, *([_ELSEWHERE] if frame.spans_processes else [])),
         _frame=frame,
     )
+    if frame.spans_processes:
+        trace.settle()
+    return trace
+
+
+_ELSEWHERE = Finding(
+    "other_processes",
+    "",
+    "have parts of the arrays, so that `step.inside()`, which would compute something "
+    "later, can't be shown. All else has been computed in the call.",
+)
 
 
 def _needs_the_host(loss: Loss, error: Exception) -> str:

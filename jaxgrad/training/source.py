@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxgrad.placing import Layout, layout_of, on_one_mesh
+from jaxgrad.placing import Layout, check_devices, layout_of, put_together
 from jaxgrad.pytrees import PyTree, is_array, kind_of, leaf_name
 from jaxgrad.training.rows import (
     Part,
@@ -35,7 +35,7 @@ class Laying:
       before: how many arguments the loss has before a batch's.
       axes: a prefix of the batch, with the axis of the rows.
       layout: a prefix of the batch, with the layouts of its arrays; or `None`.
-      like: arrays to whose devices go those without a layout.
+      like: arrays to whose devices go those without a layout, with their names.
       drop_last: whether a batch of fewer rows than the first is left out.
       weighted: whether rows that don't divide over the devices are a part of their own.
       several: whether the arrays span processes, of which each gives its own rows.
@@ -44,7 +44,7 @@ class Laying:
     before: int
     axes: PyTree
     layout: PyTree
-    like: PyTree
+    like: list[tuple[str, Any]]
     drop_last: bool
     weighted: bool
     several: bool
@@ -139,9 +139,13 @@ def _words(leaf: Any) -> str:
 def _laid(laying: Laying, name: str, batch: tuple[Any, ...]) -> Ready:
     """A batch on its devices, in parts whose rows divide over them."""
     named = laying.names(batch)
+    try:
+        check_devices([*laying.like, *named])
+    except ValueError as error:
+        raise Trouble(f"{name}: {error}") from error
     shapes = {leaf: x.shape for leaf, x in named if is_array(x)}
     if laying.layout is None and not laying.drop_last:
-        return Ready(name, [Part(1, on_one_mesh(batch, laying.like))], 0, shapes)
+        return Ready(name, [Part(1, put_together(batch, laying.like))], 0, shapes)
     try:
         axes = per_leaf(laying.axes, batch, "batch_axes")
         layouts = per_leaf(laying.layout, batch, "batch_sharding")
@@ -163,7 +167,7 @@ def _laid(laying: Laying, name: str, batch: tuple[Any, ...]) -> Ready:
     for size in sizes:
         lay = _lay_rows(slice(start, start + size), size % devices > 0, laying.several)
         part = jax.tree.unflatten(treedef, map(lay, leaves, found, layouts))
-        parts.append(Part(size, on_one_mesh(part, laying.like)))
+        parts.append(Part(size, put_together(part, laying.like)))
         start += size
     return Ready(name, parts, count, shapes)
 

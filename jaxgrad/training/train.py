@@ -14,9 +14,10 @@ from jaxtyping import ArrayLike, Float
 
 from jaxgrad.gradients import once_per_loss
 from jaxgrad.placing import (
+    check_devices,
     layout_of,
     layouts_of,
-    on_one_mesh,
+    put_together,
     several_devices,
     spans_processes,
 )
@@ -123,7 +124,7 @@ def train(
         `value_and_grad`.
       ValueError: a negative or non-finite learning rate, `steps` below 0,
         `record_every` or `batch_size` below 1; arrays that differ in their number of
-        rows; rows that don't divide over the devices; or a `state` that belongs to
+        rows or lie on different devices; rows that don't divide over the devices; or a `state` that belongs to
         other parameters, another optimizer, other keys or other batches.
       BatchError: the `batches` end before `steps`, fail, or change their structure.
 
@@ -144,6 +145,8 @@ def train(
     )
     trained, held = partition(as_params(params))
     trained = jax.tree.map(jnp.asarray, trained)
+    if several_devices():
+        check_devices(_named(params, *args))
     rows = None
     if batch_size is not None:
         rows = _rows(args, batch_size, batch_axes, drop_last, batch_sharding, reduction)
@@ -182,9 +185,8 @@ def train(
         shuffle_key=shuffle_key,
         step_key=step_key,
     )
-    loop, settings = Loop(begin, due=zero, stop=zero), settings
-    if several_devices():
-        loop, settings = on_one_mesh((loop, settings), args, batch_sharding)
+    loop = Loop(begin, due=zero, stop=zero)
+    loop, settings = put_together((loop, settings), args, batch_sharding)
     layouts = layouts_of(loop.state)
     several = spans_processes((loop, args))
 
@@ -206,7 +208,7 @@ def train(
                 before=len(args),
                 axes=batch_axes,
                 layout=batch_sharding,
-                like=loop if several_devices() else None,
+                like=_named(loop.state.params) if several_devices() else [],
                 drop_last=drop_last,
                 weighted=reduction == "mean",
                 several=several,
@@ -255,6 +257,12 @@ def _result(
     return result
 
 
+def _named(*operands: Any) -> list[tuple[str, Any]]:
+    """The leaves of `(params, *args)` with their names."""
+    named = jax.tree_util.tree_leaves_with_path(operands)
+    return [(operand_name(path), leaf) for path, leaf in named]
+
+
 def _rows(
     args: tuple[Any, ...],
     batch_size: int,
@@ -271,10 +279,7 @@ def _rows(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, and is {batch_size}.")
-    named = [
-        (operand_name(path), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path((None, *args))
-    ]
+    named = _named(None, *args)
     count, axes = count_rows(named, per_leaf(batch_axes, args, "batch_axes"))
     if count is None:
         raise ValueError(
