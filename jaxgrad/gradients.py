@@ -12,7 +12,14 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxgrad.placing import Layout, check_devices, keep, layout_of, several_devices
+from jaxgrad.placing import (
+    Layout,
+    check_devices,
+    keep,
+    layout_of,
+    several_devices,
+    writes_one,
+)
 from jaxgrad.pytrees import (
     Loss,
     PyTree,
@@ -126,7 +133,14 @@ def _differentiated(
         ) -> Any:
             value, aux, gradient = differentiate(get_loss(), params, args, has_aux)
             if layouts:
-                gradient = keep(gradient, layouts)
+                trained, held = partition(params)
+
+                def again(trained: PyTree) -> PyTree:
+                    whole = combine(trained, held)
+                    return differentiate(get_loss(), whole, args, has_aux)[2]
+
+                apart = writes_one(jax.make_jaxpr(again)(trained))
+                gradient = keep(gradient, layouts, apart)
             if with_value:
                 return ((value, aux) if has_aux else value), gradient
             return (gradient, aux) if has_aux else gradient

@@ -188,3 +188,25 @@ def test_parameters_on_one_device_go_where_the_data_are():
     one = jaxgrad.train(linear_loss, W, X, Y, steps=3, learning_rate=0.1)
     assert_close(result.params, one.params)
     assert result.params["in"].sharding.is_fully_replicated
+
+
+def padded_loss(w, x, y):
+    """Row 3 is held at zero, as an embedding's padding is."""
+    return jnp.mean((x @ w["in"].at[3].set(0.0) @ w["out"] - y) ** 2)
+
+
+@pytest.mark.parametrize("layout", ["fully sharded", "2 x 4"])
+def test_one_row_that_is_written_stays_one(layout):
+    # XLA would overwrite a row on every device: see `placing.writes_one`.
+    w, x, y = spread(layout)
+    one = jaxgrad.grad(padded_loss)(W, X, Y)
+    assert_close(jaxgrad.grad(padded_loss)(w, x, y), one)
+    assert_close(jaxgrad.trace_gradient(padded_loss, w, x, y).gradient, one)
+    assert jaxgrad.check_gradient(padded_loss, w, x, y)
+    options = {"steps": 3, "learning_rate": 0.1}
+    many = jaxgrad.train(padded_loss, w, x, y, **options)
+    assert_close(many.params, jaxgrad.train(padded_loss, W, X, Y, **options).params)
+    alone = jaxgrad.explain_step(padded_loss, W, X, Y, learning_rate=0.1)
+    step = jaxgrad.explain_step(padded_loss, w, x, y, learning_rate=0.1)
+    np.testing.assert_allclose(step.gradient_norm, alone.gradient_norm, rtol=1e-5)
+    np.testing.assert_allclose(step.curvature, alone.curvature, rtol=1e-4)

@@ -11,7 +11,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.checking.leaves import Leaf, as_numpy, constrained, leaf_of, on_host
+from jaxgrad.checking.leaves import Leaf, as_numpy, leaf_of, on_host
 from jaxgrad.checking.problem import Problem
 from jaxgrad.compiling import Program
 from jaxgrad.equations import Taps, Value, Walk, bind, evaluate, literal, still, wider
@@ -28,7 +28,7 @@ def without_rules(problem: Problem, pulls: Taps, hold: int) -> list[Leaf] | None
         return _inlined(problem, values, fixed, consts, pulls, hold)
 
     def gradient(values: list[Any], *rest: Any) -> list[Any]:
-        return constrained(jax.grad(value)(values, *rest), problem.values)
+        return problem.laid(jax.grad(value)(values, *rest))
 
     try:
         found = _run(problem, gradient, pulls)

@@ -97,19 +97,6 @@ def shared(arrays: Any, beside: Sequence[Any]) -> Any:
     return jax.device_put(arrays, NamedSharding(meshes[0], _WHOLE))
 
 
-def constrained(arrays: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
-    """In a program: gradients that are spread as their leaves are.
-
-    On axes whose sharding is explicit, it's part of the gradient's type already.
-    """
-    return [
-        jax.lax.with_sharding_constraint(x, leaf.sharding)  # type: ignore[no-untyped-call]
-        if is_spread(leaf) and _plain(leaf.sharding) == leaf.sharding
-        else x
-        for x, leaf in zip(arrays, leaves, strict=True)
-    ]
-
-
 def zeros_like(array: Any) -> Any:
     """Zeros of an array's shape in float64, spread as it is."""
     if not is_spread(array):

@@ -14,7 +14,6 @@ import numpy as np
 
 from jaxgrad.checking.leaves import (
     Leaf,
-    constrained,
     is_spread,
     leaf_of,
     made_of_leaf,
@@ -42,6 +41,7 @@ from jaxgrad.equations import (
     taps_of,
     wider,
 )
+from jaxgrad.placing import keep, layouts_of, writes_one
 from jaxgrad.pytrees import Loss, function_name, is_array, loss_and_aux
 
 
@@ -74,6 +74,13 @@ class Problem:
     pulls: Any
     trusted: Callable[[Place], bool]
     retrace: Callable[[], Any]
+
+    def laid(self, gradient: Sequence[Any]) -> list[Any]:
+        """In a program: a gradient, spread over devices as its leaves are."""
+        layouts = layouts_of(self.values)
+        equations = self.loss if self.gradient is None else self.gradient
+        apart = any(layouts) and writes_one(equations)
+        return keep(list(gradient), layouts, apart)  # type: ignore[no-any-return]
 
     @cached_property
     def size(self) -> int:
@@ -217,7 +224,7 @@ class NativeGradient:
 
         def run(consts: Any, operands: list[Any]) -> list[Any]:
             value, *leaves = jax.core.eval_jaxpr(jaxpr, consts, *operands)
-            return [value, *constrained(leaves, problem.values)]
+            return [value, *problem.laid(leaves)]
 
         self.program = Program(run, problem.size, *self._operands)
 
@@ -259,7 +266,7 @@ class WideGradient:
 
             one = jnp.ones((), jnp.float64)
             out, *leaves = wide(problem.gradient, consts[0], [one])
-            out = [out, *constrained(leaves, problem.values)]
+            out = [out, *problem.laid(leaves)]
             pulls = []
             if problem.pulls is not None:
                 taps = [wider(x) for x in jax.tree.leaves(problem.taps)]

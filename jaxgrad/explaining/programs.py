@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.operands import Operands
-from jaxgrad.placing import Layout, keep
+from jaxgrad.placing import Layout, keep, writes_one
 from jaxgrad.pytrees import Loss, loss_and_aux
 
 # Lanczos takes some 20 products, and more only where the largest eigenvalue is one of
@@ -56,13 +56,16 @@ def programs_of(get_loss: Callable[[], Loss], has_aux: bool) -> Programs:
 
         return scalar
 
-    def kept(vector: list[Any], form: Form) -> list[Any]:
-        return keep(vector, form.layouts)  # type: ignore[no-any-return]
+    def kept(vector: list[Any], form: Form, slope: Any = None, at: Any = ()) -> Any:
+        """A vector in the leaves' layouts; `slope` made it, from the values `at`."""
+        known = slope is not None and any(form.layouts)
+        apart = known and writes_one(jax.make_jaxpr(slope)(at))
+        return keep(vector, form.layouts, apart)
 
     def look(form: Form, values: list[Any], fixed: list[Any], rate: Any) -> Any:
         """Value, gradient, per leaf both norms and whether it moves, curvature."""
         value, gradient = jax.value_and_grad(loss_of(form, fixed))(values)
-        gradient = kept(gradient, form)
+        gradient = kept(gradient, form, jax.grad(loss_of(form, fixed)), values)
         new, stats = moved(values, gradient, rate), []
         for p, g, q in zip(values, gradient, new, strict=True):
             stats.append(jnp.stack([_norm([g]), _norm([p]), jnp.any(q != p)]))
@@ -80,7 +83,7 @@ def programs_of(get_loss: Callable[[], Loss], has_aux: bool) -> Programs:
         if form.forward:
             way = [v.astype(p.dtype) for v, p in zip(vector, values, strict=True)]
             bent = jax.jvp(slope, (values,), (way,))[1]
-            return kept([_wide(x) for x in bent], form)
+            return kept([_wide(x) for x in bent], form, slope, values)  # type: ignore[no-any-return]
         # A central difference errs by h**2, and by eps / h for rounding.
         h = jnp.cbrt(coarsest(values)) * _positive(_norm(values))
         both = zip(values, vector, strict=True)
@@ -88,7 +91,8 @@ def programs_of(get_loss: Callable[[], Loss], has_aux: bool) -> Programs:
         ahead = slope([(p + step).astype(dtype) for p, step, dtype in steps])
         behind = slope([(p - step).astype(dtype) for p, step, dtype in steps])
         ends = zip(ahead, behind, strict=True)
-        return kept([_wide(a - b) / (2 * h) for a, b in ends], form)
+        bent = [_wide(a - b) / (2 * h) for a, b in ends]
+        return kept(bent, form, slope, values)  # type: ignore[no-any-return]
 
     def begin(form: Form, values: list[Any]) -> Any:
         """A random unit vector, and the vector before it: zero."""

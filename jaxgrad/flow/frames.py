@@ -20,7 +20,7 @@ from jaxgrad.equations import (
     run,
 )
 from jaxgrad.flow.summaries import Summary, is_number, summary_of
-from jaxgrad.placing import keep, layouts_of, spans_processes
+from jaxgrad.placing import keep, layouts_of, spans_processes, writes_one
 
 Kind = Literal["iteration", "branch", "forward", "backward"]
 
@@ -150,8 +150,12 @@ def flowing(
 
         def program(operands: Sequence[Any], seeds: Sequence[Any]) -> Any:
             by_place = dict(zip(places, seeds, strict=True))
-            made, cotangents = flow(graph, operands, moving, by_place, tapped)
-            kept = keep([cotangents[v] for v in moving], layouts)
+            rest = moving, by_place, tapped
+            made, cotangents = flow(graph, operands, *rest)
+            apart = any(layouts) and writes_one(
+                jax.make_jaxpr(lambda x: flow(graph, x, *rest)[1])(operands)
+            )
+            kept = keep([cotangents[v] for v in moving], layouts, apart)
             return made, {**cotangents, **dict(zip(moving, kept, strict=True))}
 
         return Program(program, None, operands, list(seeds.values()))

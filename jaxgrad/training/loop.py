@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgrad.gradients import differentiate, jit_general
-from jaxgrad.placing import keep, mesh_of
+from jaxgrad.placing import keep, mesh_of, writes_one
 from jaxgrad.pytrees import Loss, PyTree, combine, leaf_name, loss_and_aux
 from jaxgrad.sgd import Schedule
 from jaxgrad.training.results import TrainState
@@ -94,6 +94,9 @@ def compile_loop(
             return got[0], got[2]
 
         value, gradient = value_and_grad(old.params)
+        if any(layouts) and writes_one(jax.make_jaxpr(value_and_grad)(old.params)):
+            mine = layouts[1 : 1 + len(jax.tree.leaves(old.params))]  # after the step's
+            gradient = keep(gradient, mine, apart=True)
         params, optimizer = update(
             old.params,
             gradient,

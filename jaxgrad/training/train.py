@@ -124,8 +124,8 @@ def train(
         `value_and_grad`.
       ValueError: a negative or non-finite learning rate, `steps` below 0,
         `record_every` or `batch_size` below 1; arrays that differ in their number of
-        rows or lie on different devices; rows that don't divide over the devices; or a `state` that belongs to
-        other parameters, another optimizer, other keys or other batches.
+        rows, or are on different devices; rows that don't divide over the devices; or
+        a `state` of other parameters, another optimizer, other keys or other batches.
       BatchError: the `batches` end before `steps`, fail, or change their structure.
 
     Example:
