@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -125,9 +126,22 @@ def put_together(tree: PyTree, *others: PyTree) -> PyTree:
         return tree
     if isinstance(where, NamedSharding):
         where = layout_on(where.mesh)
-    return jax.tree.map(
-        lambda x: jax.device_put(x, where) if _where(x) is None else x, tree
-    )
+    return jax.tree.map(lambda x: _put(x, where) if _where(x) is None else x, tree)
+
+
+def _put(array: Any, where: Any) -> Any:
+    """An array that this process holds, where every process has put the others.
+
+    On other processes' devices JAX puts no keys, and of arrays it first compares what
+    the processes have: a NaN is never equal.
+    """
+    if where.is_fully_addressable:
+        return jax.device_put(array, where)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(array), where)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    local = np.asarray(array)
+    return jax.make_array_from_callback(local.shape, where, lambda index: local[index])
 
 
 def _where(leaf: Any) -> Any:

@@ -41,8 +41,14 @@ def space(array: Any) -> Any:
 def placed(numbers: Any, like: Any) -> Any:
     """Numbers as an array with the dtype of another, on its devices."""
     layout = layout_of(like)
-    array = jnp.asarray(numbers, like.dtype)
-    return array if layout is None else jax.device_put(array, layout)
+    if layout is None:
+        return jnp.asarray(numbers, like.dtype)
+    if isinstance(numbers, jax.Array):
+        move = jax.jit(lambda x: x.astype(like.dtype), out_shardings=layout)
+        return move(numbers)
+    # Not by device_put, which compares the processes' numbers: a NaN is never equal.
+    local = np.asarray(numbers, like.dtype)
+    return jax.make_array_from_callback(local.shape, layout, lambda index: local[index])
 
 
 def pick(array: Any, index: Index) -> Any:

@@ -111,7 +111,7 @@ class GradientTrace(Report):
             for output in step.outputs:
                 _ = output.value, output.cotangent
             _ = step.local_derivatives
-        _ = self.leaves, self.nonfinite, self.dead_entries, self.ok
+        _ = self.leaves, self.nonfinite, self.blocked, self.dead_entries, self.ok
 
     @property
     def _gradients(self) -> Mapping[str, Any]:
