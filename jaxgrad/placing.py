@@ -126,22 +126,25 @@ def put_together(tree: PyTree, *others: PyTree) -> PyTree:
         return tree
     if isinstance(where, NamedSharding):
         where = layout_on(where.mesh)
-    return jax.tree.map(lambda x: _put(x, where) if _where(x) is None else x, tree)
+    return jax.tree.map(lambda x: _put(x, where) if _is_loose(x) else x, tree)
 
 
 def _put(array: Any, where: Any) -> Any:
-    """An array that this process holds, where every process has put the others.
+    """An array that each process holds, on the devices of all.
 
-    On other processes' devices JAX puts no keys, and of arrays it first compares what
-    the processes have: a NaN is never equal.
+    JAX compares what the processes have, and refuses what differs. Keys it doesn't put
+    on other processes' devices; their data it does.
     """
-    if where.is_fully_addressable:
+    typed = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    if where.is_fully_addressable or not typed:
         return jax.device_put(array, where)
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        data = _put(jax.random.key_data(array), where)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
-    local = np.asarray(array)
-    return jax.make_array_from_callback(local.shape, where, lambda index: local[index])
+    data = jax.device_put(jax.random.key_data(array), where)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+
+
+def _is_loose(leaf: Any) -> bool:
+    """Whether it's an array that JAX moves at will."""
+    return isinstance(leaf, jax.Array | np.ndarray) and _where(leaf) is None
 
 
 def _where(leaf: Any) -> Any:

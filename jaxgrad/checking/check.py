@@ -22,6 +22,7 @@ from jaxgrad.checking.problem import (
 from jaxgrad.checking.report import BAD, GradientCheck, LeafCheck
 from jaxgrad.checking.sums import wide
 from jaxgrad.operands import Operands, operands_of
+from jaxgrad.placing import check_devices
 from jaxgrad.pytrees import Loss, PyTree, as_params, function_name, leaf_name
 
 
@@ -101,6 +102,7 @@ def check_gradient(
     params = as_params(params)
     patterns = [leaves] if isinstance(leaves, str) else leaves
     operands, names, integers = operands_of(params, args, patterns)
+    check_devices(zip(operands.names, operands.arrays, strict=True))
     scalar = scalar_function(loss, has_aux, seed)
 
     def function(values: Sequence[Any], fixed: Sequence[Any]) -> Any:

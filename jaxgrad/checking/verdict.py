@@ -168,15 +168,15 @@ class Judge:
             self._known.update(self.measuring.directions([number]))
         measured = self._known[number]
         row = replace(row, held=self._held(measured))
-        if _agree(measured):
-            if self._unseen(claimed, measured) and all(
-                self._nothing(number, m) for m in measured
-            ):
-                return replace(row, relative_error=0.0, text="zero, up to rounding")
-            row = self._agreeing(row, claimed, measured)
-        elif self._by_rounding(number, measured):
+        agree = _agree(measured)
+        unseen = agree and self._unseen(claimed, measured)
+        if unseen and all(self._nothing(number, m) for m in measured):
+            return replace(row, relative_error=0.0, text="zero, up to rounding")
+        if (unseen or not agree) and self._by_rounding(number, measured, agree):
             text = "right, as far as the rounding of float64 lets it be told"
             return replace(row, text=text)
+        if agree:
+            row = self._agreeing(row, claimed, measured)
         else:
             row = self._either(row, number, claimed, measured)
         return self._digits(row, number, native, claimed)
@@ -254,11 +254,12 @@ class Judge:
         change = gap_of(claimed, self.measuring.claim.nudged()[number])
         return bool(size_of(claimed) <= 10 * change)
 
-    def _by_rounding(self, number: int, measured: list[Measured]) -> bool:
-        """Whether a gradient differs by no more than its own rounding.
+    def _by_rounding(self, number: int, measured: list[Measured], agree: bool) -> bool:
+        """Whether a gradient differs by no more than its own rounding, or is no more.
 
         As at an optimum: what is left of the gradient there is smaller than ten times
         what fifty roundings of the parameters change in it, and far below the loss.
+        Where the slopes `agree`, though too coarse to show an error, it must be that.
         """
         faint = 0.1 * _FAINT * self.measuring.reference.scale
         if self.measuring.claim.nudged is None or not all(
@@ -271,7 +272,7 @@ class Judge:
         )
         rounding = [10 * change_along(*both, m.direction()) for m in measured]
         return all(
-            m.gap <= m.slope.error + r and r <= faint
+            (m.norm <= r if agree else m.gap <= m.slope.error + r) and r <= faint
             for m, r in zip(measured, rounding, strict=True)
         )
 

@@ -60,7 +60,14 @@ def agreement(several: bool) -> Iterator[Agree]:
 
     def agree(*numbers: int) -> np.ndarray:
         mine = np.array([*numbers, len(asked)], np.int32)
-        return np.asarray(process_allgather(mine))
+        try:
+            return np.asarray(process_allgather(mine))
+        except Exception as error:
+            raise RuntimeError(
+                "The processes of this run can't reach each other any more: one has "
+                "ended, and its own output says why. Start all of them again, from the "
+                f"last state that was saved. ({error})"
+            ) from error
 
     handles = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, ask) if handles else None

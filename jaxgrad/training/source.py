@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxgrad.placing import Layout, check_devices, layout_of, put_together
+from jaxgrad.placing import (
+    Layout,
+    check_devices,
+    layout_of,
+    put_together,
+    spans_processes,
+)
 from jaxgrad.pytrees import PyTree, is_array, kind_of, leaf_name
 from jaxgrad.training.rows import (
     Part,
@@ -144,7 +150,7 @@ def _laid(laying: Laying, name: str, batch: tuple[Any, ...]) -> Ready:
     except ValueError as error:
         raise Trouble(f"{name}: {error}") from error
     shapes = {leaf: x.shape for leaf, x in named if is_array(x)}
-    if laying.layout is None and not laying.drop_last:
+    if laying.layout is None and not (laying.drop_last or laying.several):
         return Ready(name, [Part(1, put_together(batch, laying.like))], 0, shapes)
     try:
         axes = per_leaf(laying.axes, batch, "batch_axes")
@@ -152,6 +158,13 @@ def _laid(laying: Laying, name: str, batch: tuple[Any, ...]) -> Ready:
         count, found = count_rows(named, axes)
     except ValueError as error:
         raise Trouble(f"{name}: {error}") from error
+    for (leaf, x), axis, layout in zip(named, found, layouts, strict=True):
+        if laying.several and axis is not None and not (layout or spans_processes(x)):
+            raise Trouble(
+                f"{name}: `{leaf}` has rows of this process alone. Say batch_sharding, "
+                "how the rows of all processes lie together, or batch_axes with None "
+                "for what is the same in all"
+            )
     count = count or 1
     devices = devices_of_rows(found, layouts)
     sizes = even_parts(count, devices)
