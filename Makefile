@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: lesson test corpus-test corpus trace-corpus torch-corpus lint benchmark clean
+.PHONY: lesson test corpus-test corpus trace-corpus torch-corpus lint benchmark scaling clean
 
 # TORCH=1 installs PyTorch too, and runs it beside JAX.
 lesson: $(VENV)/lesson$(TORCH)
@@ -18,6 +18,7 @@ test: $(VENV)/dev
 corpus-test: $(VENV)/dev
 	JAXGRAD_WHOLE_CORPUS=1 $(BIN)/python -m pytest -q -n 2 tests/test_corpus.py \
 	  tests/test_check_corpus.py tests/test_tracing.py tests/test_torch_corpus.py
+	JAXGRAD_WHOLE_CORPUS=1 $(BIN)/python -m pytest -q tests/test_checkpointed.py -k killed
 
 # Four checkers on the corpus, side by side: about 10 minutes.
 corpus: $(VENV)/dev
@@ -40,6 +41,10 @@ benchmark: $(VENV)/dev
 	$(BIN)/python examples/benchmarks/overhead.py
 	$(BIN)/python examples/benchmarks/check_speed.py
 	$(BIN)/python examples/benchmarks/trace_speed.py
+
+# How time and memory grow with rows, devices and parameters; beside others' loops.
+scaling: $(VENV)/dev
+	$(BIN)/python examples/benchmarks/scaling.py
 
 clean:
 	rm -rf $(VENV)

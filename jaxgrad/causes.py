@@ -31,6 +31,7 @@ KINDS = (
     "entries",
     "offset",
     "missing_term",
+    "matmul_precision",
     "unknown",
 )
 

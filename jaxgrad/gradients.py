@@ -187,6 +187,9 @@ def _differentiated(
 def _layouts(params: PyTree) -> tuple[Layout, ...]:
     """The layouts of the leaves to differentiate; empty if all are on one device."""
     leaves = jax.tree.leaves(params)
+    # Called at each call: what nobody has put anywhere is on one device.
+    if not any(getattr(leaf, "committed", False) for leaf in leaves):
+        return ()
     found = tuple(layout_of(x) for x in leaves if kind_of(x) == "differentiable")
     return found if any(found) else ()
 

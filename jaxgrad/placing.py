@@ -160,6 +160,8 @@ def mesh_of(tree: PyTree) -> contextlib.AbstractContextManager[Any]:
     An array that is made inside must be on it too, to be joined with them.
     """
     for leaf in jax.tree.leaves(tree):
+        if not isinstance(leaf, jax.Array):
+            continue
         mesh = jax.typeof(leaf).sharding.mesh
         if not mesh.empty:
             return jax.sharding.use_abstract_mesh(mesh)
@@ -196,9 +198,9 @@ def check_devices(named: Iterable[tuple[str, Any]]) -> None:
             )
             fewer = min((first, (name, array)), key=lambda n: n[1].sharding.num_devices)
             raise ValueError(
-                f"{mine}, and {other}. Put them on one mesh: `jax.device_put("
-                f"{fewer[0]}, jax.NamedSharding(mesh, jax.P()))` has a copy on each of "
-                "its devices."
+                f"{mine}, and {other}. Put them on one mesh: `jax.device_put(array, "
+                f"jax.NamedSharding(mesh, jax.P()))`, with the array `{fewer[0]}`, has "
+                "a copy on each of its devices."
             )
 
 

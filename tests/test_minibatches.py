@@ -1,5 +1,6 @@
 """Tests `train` on minibatches: of arrays, shuffled or not, and of iterables."""
 
+import _thread
 import itertools
 import threading
 
@@ -419,5 +420,110 @@ def test_a_state_of_other_batches():
             run(X, Y, steps=3, state=state, **options | other)
     with pytest.raises(ValueError, match="rows 50, and this one has 40"):
         run(X[:40], Y[:40], steps=3, state=state, **options)
-    with pytest.raises(ValueError, match=r"`state.batching.batch_size` should be abs"):
+    with pytest.raises(ValueError, match="of a run with other options of batches"):
         run(X, Y, steps=3, state=state)
+
+
+# Found by a reader who tried what a user would
+
+
+def slowly(w, x):
+    return jnp.sum(jax.lax.fori_loop(0, 300, lambda _, x: jnp.sin(x), x) * w)
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.15])
+def test_ctrl_c_while_a_step_is_waited_for_keeps_every_loss_in_its_place(delay):
+    blocks = [(np.full((150, 150), k, np.float32),) for k in range(1000)]
+    some = run(loss=slowly, params=1.0, batches=blocks[:3])  # compiles
+    timer = threading.Timer(delay, _thread.interrupt_main)
+    timer.start()
+    result = run(loss=slowly, params=1.0, batches=blocks)
+    timer.join()
+    assert result.stopped.startswith("interrupted")
+    assert result.steps == result.losses.size == result.gradient_norms.size < 1000
+    whole = run(loss=slowly, params=1.0, batches=blocks[: result.steps])
+    np.testing.assert_array_equal(result.losses, whole.losses)
+    np.testing.assert_array_equal(result.losses[:3], some.losses[: result.steps])
+
+
+def test_a_reader_may_fill_the_same_buffer_again():
+    rng = np.random.default_rng(1)
+    blocks = [rng.normal(size=(300, 300)).astype(np.float32) for _ in range(4)]
+
+    def reader():
+        buffer = np.empty((300, 300), np.float32)
+        for block in blocks:
+            buffer[:] = block
+            yield (buffer,)
+
+    once = run(loss=slowly, params=1.0, batches=reader())
+    anew = run(loss=slowly, params=1.0, batches=[(block,) for block in blocks])
+    np.testing.assert_array_equal(once.losses, anew.losses)
+
+
+def test_static_arguments_stay_static():
+    def loss(params, name, function, x, y):
+        assert name == "relu"
+        return jaxgrad.linear_loss(params, function(x), y)
+
+    options = {"loss": loss, "steps": 2}
+    one = run("relu", jax.nn.relu, X, Y, batch_size=25, **options)
+    two = run(
+        "relu", jax.nn.relu, batches=[(X[:25], Y[:25]), (X[25:], Y[25:])], **options
+    )
+    three = run(batches=[("relu", jax.nn.relu, X, Y)], loss=loss)
+    np.testing.assert_array_equal(one.losses, two.losses)
+    assert three.steps == 1
+
+
+def test_numpy_rows_without_jit():
+    jitted = run(X, Y, batch_size=16, steps=2, shuffle_key=KEY)
+    with jax.disable_jit():
+        plain = run(X, Y, batch_size=16, steps=2, shuffle_key=KEY)
+    np.testing.assert_allclose(plain.losses, jitted.losses, rtol=1e-6)
+
+
+def test_a_prefix_may_have_lists():
+    def loss(w, data):
+        return jnp.mean((data["x"] @ w - data["y"][0]) ** 2)
+
+    data, w = {"x": X, "y": [Y]}, jnp.ones((4, 2))
+    axes = ({"x": 0, "y": [0]},)
+    one = run(data, loss=loss, params=w, batch_size=16, batch_axes=axes, steps=3)
+    two = run(data, loss=loss, params=w, batch_size=16, steps=3)
+    np.testing.assert_array_equal(one.losses, two.losses)
+
+
+def test_no_steps_of_batches():
+    result = run(batches=[(X, Y)], steps=0)
+    assert (result.steps, result.losses.dtype) == (0, run(X, Y, steps=0).losses.dtype)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "options", [{"steps": 31.25}, {"steps": 2, "record_every": 3.0}]
+)
+def test_numbers_that_should_be_whole(options):
+    with pytest.raises(TypeError, match=r"must be an integer|Type-check"):
+        run(X, Y, **options)
+
+
+@pytest.mark.bad_input
+def test_more_that_is_wrong():
+    with pytest.raises(ValueError, match="they have no rows"):
+        run(X[:0], Y[:0], batch_size=4, steps=1)
+    with pytest.raises(TypeError, match=r"a torch\.Tensor"):
+        run(torch.tensor(X), torch.tensor(Y), batch_size=4, steps=1)
+    keys = jax.random.split(jax.random.PRNGKey(0))
+    with pytest.raises(TypeError, match="must be one random key"):
+        run(X, Y, batch_size=4, steps=1, shuffle_key=keys)
+    with pytest.raises(TypeError, match="by position"):
+        run(X, loss=lambda w, key, x: w * x.sum(), params=1.0, steps=1, step_key=KEY)
+    result = run(X, Y, steps=1)
+    with pytest.raises(TypeError, match=r"Give its `state`|Type-check"):
+        run(X, Y, steps=1, state=result)
+    with pytest.raises(jaxgrad.BatchError, match="bfloat16"):
+        run(batches=[(torch.tensor(X, dtype=torch.bfloat16), Y)])
+    with pytest.raises(TypeError, match="contract") as caught:
+        run(batches=[(X[:, :3], Y)], loss=lambda p, x, y: jnp.sum(x @ p.weight.T))
+    assert "batches[0]" in caught.value.__notes__[-1]

@@ -210,3 +210,37 @@ def test_one_row_that_is_written_stays_one(layout):
     step = jaxgrad.explain_step(padded_loss, w, x, y, learning_rate=0.1)
     np.testing.assert_allclose(step.gradient_norm, alone.gradient_norm, rtol=1e-5)
     np.testing.assert_allclose(step.curvature, alone.curvature, rtol=1e-4)
+
+
+@pytest.mark.parametrize("saved", ["numpy", "one device"])
+def test_a_saved_state_is_laid_as_the_parameters(saved):
+    w, x, y = spread("fully sharded")
+    options = {"optimizer": optax.adam(1e-2)}
+    first = jaxgrad.train(linear_loss, W, X, Y, steps=2, **options).state
+    state = jax.tree.map(np.asarray, first) if saved == "numpy" else first
+    result = jaxgrad.train(linear_loss, w, x, y, steps=3, state=state, **options)
+    assert_laid_alike(result.params, w)
+    assert_laid_alike(result.state.optimizer[0].mu, w)
+    assert_close(
+        result.params, jaxgrad.train(linear_loss, W, X, Y, steps=5, **options).params
+    )
+
+
+@pytest.mark.bad_input
+def test_batches_on_different_devices():
+    batches = [jax.device_put((X, Y), jax.devices()[k]) for k in (2, 2, 3)]
+    words = r"batches\[2\]: `args\[0\] of batches\[0\]` is on 1 device \(cpu 2\)"
+    with pytest.raises(jaxgrad.BatchError, match=words) as caught:
+        jaxgrad.train(linear_loss, W, batches=batches, learning_rate=0.1)
+    assert caught.value.result.steps == 2
+    with pytest.raises(TypeError, match=r"must be a jax\.sharding\.NamedSharding"):
+        jaxgrad.train(
+            linear_loss,
+            W,
+            X,
+            Y,
+            steps=1,
+            learning_rate=0.1,
+            batch_size=8,
+            batch_sharding=P("rows"),
+        )

@@ -420,9 +420,7 @@ def test_a_state_of_another_run():
     other = jaxgrad.train(bowl, {"w": jnp.ones(3)}, steps=1, learning_rate=0.1).state
     with pytest.raises(ValueError, match=r"`state.params.weight` should be float32 of"):
         run(state=other)
-    with pytest.raises(
-        ValueError, match=r"`state.optimizer.*same arguments"
-    ):
+    with pytest.raises(ValueError, match=r"`state.optimizer.*same arguments"):
         run(state=run(1, "adam").state)
     wider = jaxgrad.init_linear(jax.random.key(0), 5, 2)
     state = jaxgrad.train(

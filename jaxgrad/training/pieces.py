@@ -98,8 +98,9 @@ def in_pieces(
                 break
             after, records = advance(loop, min(step + size, end))
             filled = int(records.filled)  # waits for the device
-            losses.append(np.asarray(records.losses)[:filled])
-            norms.append(np.asarray(records.norms)[:filled])
+            # Copies: a part of the buffer would keep all of it.
+            losses.append(np.asarray(records.losses)[:filled].copy())
+            norms.append(np.asarray(records.norms)[:filled].copy())
             loop, before, step = after, step, int(after.state.step)
             report(step - start)
             pace = (time.perf_counter() - began) / max(step - before, 1)

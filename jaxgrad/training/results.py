@@ -93,21 +93,34 @@ class BatchError(ValueError):
         self.result = result
 
 
-def check_state(fresh: TrainState, state: TrainState) -> None:
+def check_state(fresh: TrainState, state: Any) -> None:
     """Says in what a state differs from what these arguments begin with.
 
     Raises:
       ValueError: a leaf is absent or has another shape or dtype, or the batches are
         cut or shuffled otherwise.
     """
-    for tree in ("params", "optimizer", "batching"):
+    if not isinstance(state, TrainState):
+        hint = " Give its `state`." if isinstance(state, TrainResult) else ""
+        raise TypeError(
+            f"state must be a TrainState, as `result.state` is, and is a "
+            f"{type(state).__name__}.{hint} (Restored from a file, it takes the "
+            "structure of what is given for it: `train(..., steps=0).state`.)"
+        )
+    if fresh.batching.keys() != state.batching.keys():
+        now, before = (", ".join(sorted(s.batching)) or "none" for s in (fresh, state))
+        raise ValueError(
+            f"`state` is of a run with other options of batches: {before}; this one "
+            f"has {now}. Give the same, or begin anew from `params=result.params`."
+        )
+    for tree in ("params", "optimizer"):
         want, have = (
             _leaves(f"state.{tree}", getattr(s, tree)) for s in (fresh, state)
         )
         for leaf in [*want, *have]:
             if want.get(leaf) != have.get(leaf):
                 raise ValueError(
-                    f"`state` isn't of these params, optimizer and batches: leaf "
+                    "`state` isn't of these params and this optimizer: leaf "
                     f"`{leaf}` should be {want.get(leaf, 'absent')}, and is "
                     f"{have.get(leaf, 'absent')}. Give the same arguments as in the "
                     "run that returned it."

@@ -86,10 +86,10 @@ class Rows:
         return jax.tree.unflatten(treedef, taken)  # type: ignore[no-any-return]
 
 
-def _take(leaf: Array, axis: int, places: Any, layout: Layout) -> Array:
+def _take(leaf: Any, axis: int, places: Any, layout: Layout) -> Array:
     if layout is not None and places.size % _split(layout, axis):
         layout = whole_rows(layout, axis)
-    at = leaf.at[(slice(None),) * axis + (places,)]
+    at = jnp.asarray(leaf).at[(slice(None),) * axis + (places,)]
     explicit = None if layout is None else split_layout(layout)[0]
     rows = at.get(mode="promise_in_bounds", out_sharding=explicit)
     return laid(rows, layout)  # type: ignore[no-any-return]
@@ -117,18 +117,40 @@ def per_leaf(prefix: PyTree, tree: PyTree, name: str) -> list[Any]:
     prefix = tuple(prefix) if isinstance(prefix, list) else prefix
     try:
         spread = jax.tree.map(
-            lambda value, part: [value] * len(jax.tree.leaves(part)),
+            lambda value, part: _Same([value] * len(jax.tree.leaves(part))),
             prefix,
             tree,
             is_leaf=lambda value: value is None,
         )
-    except ValueError as error:
+    except ValueError:
         raise ValueError(
             f"{name} isn't a prefix of the loss's arguments after params, as vmap's "
-            f"in_axes is: one value for all, or a tuple with one for each. {error}"
+            "in_axes is: one value for all, or a tuple with one for each. It is "
+            f"{prefix!r:.200}, and they are {jax.tree.structure(tree)!s:.200}."
         ) from None
-    is_list = lambda part: isinstance(part, list)  # noqa: E731
-    return [x for part in jax.tree.leaves(spread, is_leaf=is_list) for x in part]
+    return [x for part in jax.tree.leaves(spread) for x in part]
+
+
+class _Same(list):  # type: ignore[type-arg]
+    """A value for each leaf of a part; itself a leaf, which a plain list isn't."""
+
+
+def layouts_per_leaf(prefix: PyTree, tree: PyTree) -> list[Layout]:
+    """`batch_sharding`, spread over a tree's leaves.
+
+    Raises:
+      TypeError: it isn't of `NamedSharding`s.
+      ValueError: it hasn't the tree's structure.
+    """
+    layouts = per_leaf(prefix, tree, "batch_sharding")
+    for layout in layouts:
+        if not (layout is None or isinstance(layout, NamedSharding)):
+            raise TypeError(
+                "batch_sharding must be a jax.sharding.NamedSharding, which has a "
+                'mesh, such as `NamedSharding(mesh, PartitionSpec("data"))`, and is '
+                f"{layout!r}."
+            )
+    return layouts
 
 
 def count_rows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jaxgrad.placing import (
     check_devices,
     layout_of,
     put_together,
+    several_devices,
     spans_processes,
 )
 from jaxgrad.pytrees import PyTree, is_array, kind_of, leaf_name
@@ -23,6 +24,7 @@ from jaxgrad.training.rows import (
     count_rows,
     devices_of_rows,
     even_parts,
+    layouts_per_leaf,
     per_leaf,
     uneven,
     whole_rows,
@@ -80,7 +82,7 @@ def ready_batches(batches: Iterable[Any], laying: Laying) -> Iterator[Ready]:
         taken, or doesn't divide over the devices.
     """
     stock = iter(batches)
-    first: tuple[str, Any] | None = None
+    first: Like | None = None
     most = 0
     for place in itertools.count():
         name = f"batches[{place}]"
@@ -94,16 +96,23 @@ def ready_batches(batches: Iterable[Any], laying: Laying) -> Iterator[Ready]:
                 f"{error}"
             ) from error
         batch = _arrays(name, batch)
-        first = first or (name, batch)
-        _compare(laying, first, (name, batch))
+        like = _like(laying, name, batch)
+        if first is None:
+            first = like
+            laying = replace(laying, like=[*laying.like, *_where(laying, name, batch)])
+        _compare(first, like)
         ready = _laid(laying, name, batch)
+        del batch
         most = max(most, ready.rows)
         if not (laying.drop_last and ready.rows < most):
             yield ready
 
 
 def _arrays(name: str, batch: Any) -> tuple[Any, ...]:
-    """The batch as a tuple, with other libraries' arrays as NumPy's."""
+    """The batch as a tuple; arrays of NumPy and others are copied into new ones.
+
+    Its reader may fill the same buffer again while the step is still to be computed.
+    """
     if not isinstance(batch, tuple | list):
         raise Trouble(
             f"{name} is a {type(batch).__name__}; a tuple of the loss's arguments was "
@@ -111,28 +120,55 @@ def _arrays(name: str, batch: Any) -> tuple[Any, ...]:
         )
     try:
         return tuple(
-            jax.tree.map(
-                lambda x: np.asarray(x) if kind_of(x) == "foreign" else x, list(batch)
-            )
+            jax.tree.map(lambda x: np.array(x) if _is_host(x) else x, list(batch))
         )
     except Exception as error:
-        raise Trouble(f"{name} has an array that NumPy can't take: {error}") from error
-
-
-def _compare(laying: Laying, first: tuple[str, Any], second: tuple[str, Any]) -> None:
-    """Says in what a batch differs from the first, but for the lengths of axes."""
-    (begin, before), (name, now) = first, second
-    old, new = ({leaf: _words(x) for leaf, x in laying.names(b)} for b in (before, now))
-    for leaf in [*old, *new]:
-        if old.get(leaf) != new.get(leaf):
-            raise Trouble(
-                f"{name} isn't like {begin}: leaf `{leaf}` is "
-                f"{new.get(leaf, 'absent')}, and was {old.get(leaf, 'absent')}"
-            )
-    was, structure = (str(jax.tree.structure(b)) for b in (before, now))
-    if structure != was:
         raise Trouble(
-            f"{name} isn't like {begin}: its structure is {structure}, and was {was}"
+            f"{name} has an array that NumPy can't take: {error} (of a PyTorch tensor "
+            "that requires a gradient give `.detach()`, of a bfloat16 one `.float()`)"
+        ) from error
+
+
+def _is_host(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray) or kind_of(leaf) == "foreign"
+
+
+class Like(NamedTuple):
+    """What must be the same in each batch: its leaves, in words, and its structure."""
+
+    name: str
+    leaves: dict[str, str]
+    structure: str
+
+
+def _like(laying: Laying, name: str, batch: tuple[Any, ...]) -> Like:
+    leaves = {leaf: _words(x) for leaf, x in laying.names(batch)}
+    return Like(name, leaves, str(jax.tree.structure(batch)))
+
+
+def _where(laying: Laying, name: str, batch: Any) -> list[tuple[str, Any]]:
+    """Something small on the devices of a batch, for the later ones to be beside."""
+    if not several_devices():
+        return []
+    return [
+        (f"{leaf} of {name}", put_together(np.zeros(()), x))
+        for leaf, x in laying.names(batch)[:1]
+    ]
+
+
+def _compare(first: Like, now: Like) -> None:
+    """Says in what a batch differs from the first, but for the lengths of axes."""
+    for leaf in [*first.leaves, *now.leaves]:
+        old, new = (like.leaves.get(leaf, "absent") for like in (first, now))
+        if old != new:
+            raise Trouble(
+                f"{now.name} isn't like {first.name}: leaf `{leaf}` is {new}, and was "
+                f"{old}"
+            )
+    if first.structure != now.structure:
+        raise Trouble(
+            f"{now.name} isn't like {first.name}: its structure is {now.structure}, "
+            f"and was {first.structure}"
         )
 
 
@@ -154,9 +190,9 @@ def _laid(laying: Laying, name: str, batch: tuple[Any, ...]) -> Ready:
         return Ready(name, [Part(1, put_together(batch, laying.like))], 0, shapes)
     try:
         axes = per_leaf(laying.axes, batch, "batch_axes")
-        layouts = per_leaf(laying.layout, batch, "batch_sharding")
+        layouts = layouts_per_leaf(laying.layout, batch)
         count, found = count_rows(named, axes)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise Trouble(f"{name}: {error}") from error
     for (leaf, x), axis, layout in zip(named, found, layouts, strict=True):
         if laying.several and axis is not None and not (layout or spans_processes(x)):
@@ -165,7 +201,9 @@ def _laid(laying: Laying, name: str, batch: tuple[Any, ...]) -> Ready:
                 "how the rows of all processes lie together, or batch_axes with None "
                 "for what is the same in all"
             )
-    count = count or 1
+    if count == 0:
+        raise Trouble(f"{name} has no rows")
+    count = 1 if count is None else count
     devices = devices_of_rows(found, layouts)
     sizes = even_parts(count, devices)
     if laying.several:  # together they must divide

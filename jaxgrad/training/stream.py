@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad.training.loop import Loop
@@ -34,20 +35,20 @@ def in_batches(
     `agree` is `None` if this process is alone.
     """
     step = start = int(loop.state.step)
-    losses: list[Any] = []
-    norms: list[Any] = []
+    records: dict[int, tuple[Any, Any]] = {}
     under_way: deque[tuple[int, Loop, Any, Any]] = deque()
 
     def settle(most: int) -> bool:
         """Waits until at most so many steps are under way; true if one has stopped."""
         stopped = False
         while len(under_way) > most and not stopped:
-            number, after, value, norm = under_way.popleft()
+            # Ctrl-C may come at any of these: what is noted twice is the same.
+            number, after, value, norm = under_way[0]
             stopped = bool(after.stop)  # waits for the device
             if number % every == 0:
-                losses.append(np.asarray(value))
-                norms.append(np.asarray(norm))
+                records[number] = np.asarray(value), np.asarray(norm)
             report(int(after.state.step) - start)
+            under_way.popleft()
         return stopped
 
     interrupted, trouble, stopped = False, None, False
@@ -59,7 +60,7 @@ def in_batches(
                 if end is not None:
                     raise Trouble(_too_few(step - start, end - start))
                 break
-            first = first or batch
+            first = first or batch._replace(parts=[])  # not its arrays
             after, value, norm = _step(advance, loop, batch, first)
             under_way.append((step - start, after, value, norm))
             loop, step = after, step + 1
@@ -70,7 +71,15 @@ def in_batches(
         trouble = error
     stopped or settle(0)
     why = f"interrupted before update {int(loop.state.step)}" if interrupted else None
-    return Done(loop, [np.array(losses)], [np.array(norms)], why, trouble)
+    losses, norms = ([pair[k] for pair in records.values()] for k in (0, 1))
+    empty = jnp.zeros(0).dtype
+    return Done(
+        loop,
+        [np.array(losses, losses[0].dtype if losses else empty)],
+        [np.array(norms, norms[0].dtype if norms else empty)],
+        why,
+        trouble,
+    )
 
 
 def _step(
@@ -86,6 +95,8 @@ def _step(
                     f"{shape}; in {first.name} it has {first.shapes[leaf]}. "
                     f"{type(error).__name__}: {error}"
                 ) from error
+        if batch.name == first.name:
+            error.add_note(f"in the first step, on {batch.name}")
         raise
 
 

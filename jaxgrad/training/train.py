@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,7 +27,9 @@ from jaxgrad.pytrees import (
     PyTree,
     as_params,
     combine,
+    foreign,
     function_name,
+    kind_of,
     operand_name,
     partition,
     split_static,
@@ -39,6 +42,7 @@ from jaxgrad.training.rows import (
     Rows,
     count_rows,
     devices_of_rows,
+    layouts_per_leaf,
     per_leaf,
     uneven,
 )
@@ -102,8 +106,9 @@ def train(
         batch is spread over devices. By default rows of `args` stay spread as they
         are, and `batches` are left where they are, or copied to each device. In
         several processes, each yields its own rows of the batch.
-      reduction: `"mean"` says that the loss is a mean over rows: then rows that don't
-        divide over the devices are computed apart, and the two parts weighted.
+      reduction: `"mean"` says that the loss is a mean over rows, each by itself (with
+        a batch norm it isn't): then rows that don't divide over the devices are
+        computed apart, and the two parts weighted.
       step_key: a key, which is folded with the step and given to the loss as `key=`.
       tolerance: stop when the loss (of the step's batch) is under it.
       record_every: record the loss and the gradient's norm every so many steps.
@@ -120,8 +125,8 @@ def train(
 
     Raises:
       TypeError: neither or both of `learning_rate` and `optimizer`; an option that
-        goes with another one; a loss without `key`, given `step_key`; and as
-        `value_and_grad`.
+        goes with another one; a loss without `key`, given `step_key`; a number that
+        should be an integer; a `state` that isn't one; and as `value_and_grad`.
       ValueError: a negative or non-finite learning rate, `steps` below 0,
         `record_every` or `batch_size` below 1; arrays that differ in their number of
         rows, or are on different devices; rows that don't divide over the devices; or
@@ -137,9 +142,12 @@ def train(
       >>> print(result.losses[:2], result.steps)
       [6.25   3.0625] 22
     """
+    record_every = _whole("record_every", record_every)
+    steps = None if steps is None else _whole("steps", steps)
+    batch_size = None if batch_size is None else _whole("batch_size", batch_size)
     _check_arguments(steps, learning_rate, optimizer, record_every)
     _check_batching(steps, batch_size, shuffle_key, drop_last, batches, reduction)
-    _check_keys(loss, shuffle_key, step_key)
+    _check_keys(loss, len(args), shuffle_key, step_key)
     schedule, given = (
         (learning_rate, None) if callable(learning_rate) else (None, learning_rate)
     )
@@ -171,7 +179,7 @@ def train(
     )
     if state is not None:
         check_state(begin, state)
-        begin = jax.tree.map(jnp.asarray, state)
+        begin = jax.tree.map(_laid_like, begin, state)
     start = int(begin.step)
     end = None if steps is None else start + steps
     if end is not None and end > np.iinfo(np.int32).max:
@@ -249,9 +257,10 @@ def _result(
         state=done.loop.state,
     )
     if error is not None:
+        said = str(error).rstrip(". ")
         message = (
-            f"batches: {error}. The run until then, of {made} updates, is this "
-            "error's `result`; `state=error.result.state` goes on from it."
+            f"batches: {said}. The run until then (updates: {made}) is this error's "
+            "`result`; `state=error.result.state` goes on from it."
         )
         raise BatchError(message, result) from error.__cause__
     return result
@@ -261,6 +270,14 @@ def _named(*operands: Any) -> list[tuple[str, Any]]:
     """The leaves of `(params, *args)` with their names."""
     named = jax.tree_util.tree_leaves_with_path(operands)
     return [(operand_name(path), leaf) for path, leaf in named]
+
+
+def _laid_like(fresh: Any, saved: Any) -> Any:
+    """A leaf of a saved state, laid over devices as the one it takes the place of."""
+    layout = layout_of(fresh)
+    if layout is None or layout_of(saved) is not None:
+        return jnp.asarray(saved)
+    return jax.device_put(saved, layout)
 
 
 def _rows(
@@ -280,10 +297,15 @@ def _rows(
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, and is {batch_size}.")
     named = _named(None, *args)
+    for name, leaf in named:
+        if kind_of(leaf) == "foreign":
+            raise TypeError(f"Leaf `{name}` is {foreign(leaf)}.")
     count, axes = count_rows(named, per_leaf(batch_axes, args, "batch_axes"))
-    if count is None:
+    if not count:
+        none = "there are none" if count is None else "they have no rows"
         raise ValueError(
-            "batch_size takes rows of the arrays in *args, and there are none."
+            f"batch_size takes rows of the arrays in *args, and {none}. (A list of "
+            "numbers is no array: `jnp.asarray(list)` is.)"
         )
     if drop_last and count < batch_size:
         raise ValueError(
@@ -291,7 +313,7 @@ def _rows(
             "drop_last=True leaves out a batch that is short."
         )
     batch_size = min(batch_size, count)
-    layouts = per_leaf(batch_sharding, args, "batch_sharding")
+    layouts = layouts_per_leaf(batch_sharding, args)
     if several_devices():
         layouts = [
             layout or layout_of(leaf)
@@ -320,6 +342,13 @@ def _batching(rows: Rows | None, shuffle_key: Any, step_key: Any) -> dict[str, A
             typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
             facts[name] = jax.random.key_data(key) if typed else jnp.asarray(key)
     return facts
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, and is {value!r}.") from None
 
 
 def _check_arguments(
@@ -379,13 +408,14 @@ def _check_batching(
         )
 
 
-def _check_keys(loss: Loss, shuffle_key: Any, step_key: Any) -> None:
+def _check_keys(loss: Loss, count: int, shuffle_key: Any, step_key: Any) -> None:
     for name, key in (("shuffle_key", shuffle_key), ("step_key", step_key)):
         if key is None:
             continue
         dtype = getattr(key, "dtype", None)
         typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-        if not (typed and key.shape == ()) and not (dtype == np.uint32 and key.ndim):
+        raw = dtype == np.uint32 and key.ndim == 1
+        if not (raw or (typed and key.shape == ())):
             raise TypeError(
                 f"{name} must be one random key, such as jax.random.key(0), and is "
                 f"{'an array of shape ' + str(key.shape) if dtype else repr(key)}."
@@ -395,10 +425,25 @@ def _check_keys(loss: Loss, shuffle_key: Any, step_key: Any) -> None:
             parameters = inspect.signature(loss).parameters
         except (TypeError, ValueError):
             return
-        if "key" not in parameters and not any(
+        places = [name for name, p in parameters.items() if p.kind in _BY_PLACE]
+        by_place = "key" in places and places.index("key") <= count
+        known = "key" in parameters or any(
             p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
-        ):
+        )
+        if not known or by_place:
+            how = (
+                "takes its argument `key` by position; put it behind the others: "
+                "`(params, *args, key)`"
+                if by_place
+                else "has no argument `key`"
+            )
             raise TypeError(
                 "step_key is folded with the step and given to the loss as `key=`, and "
-                f"{function_name(loss)} has no argument `key`."
+                f"{function_name(loss)} {how}."
             )
+
+
+_BY_PLACE = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+)
