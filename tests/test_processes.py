@@ -140,4 +140,5 @@ def test_a_process_that_dies_ends_the_others(count, how, tmp_path):
     if how == "raises":
         assert "MemoryError: no room for batch 30" in told[-1]
     for text in told[:-1]:
-        assert re.search("another (process|task) died", text), text
+        # JAX says it after a missed heartbeat; we, where a connection breaks first.
+        assert re.search("another (task|process) died|one has ended", text), text
