@@ -177,6 +177,7 @@ def test_batches_are_laid_by_their_sharding(kind):
     with pytest.raises(jaxgrad.BatchError, match=r"batches\[2\] has 21 rows") as caught:
         jaxgrad.train(loss, w, batches=odd, **options)
     assert caught.value.result.steps == 2
+    assert jaxgrad.train(loss, w, batches=odd, drop_last=True, **options).steps == 2
     weighted = jaxgrad.train(loss, w, batches=odd, reduction="mean", **options)
     one = jaxgrad.train(linear_loss, W, learning_rate=0.1, batches=odd)
     np.testing.assert_allclose(weighted.losses, one.losses, rtol=1e-5)

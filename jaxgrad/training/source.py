@@ -101,10 +101,10 @@ def ready_batches(batches: Iterable[Any], laying: Laying) -> Iterator[Ready]:
             first = like
             laying = replace(laying, like=[*laying.like, *_where(laying, name, batch)])
         _compare(first, like)
-        ready = _laid(laying, name, batch)
+        ready = _laid(laying, name, batch, most)
         del batch
-        most = max(most, ready.rows)
-        if not (laying.drop_last and ready.rows < most):
+        if ready is not None:
+            most = max(most, ready.rows)
             yield ready
 
 
@@ -178,8 +178,11 @@ def _words(leaf: Any) -> str:
     return f"an array of {leaf.dtype} with {leaf.ndim} axes"
 
 
-def _laid(laying: Laying, name: str, batch: tuple[Any, ...]) -> Ready:
-    """A batch on its devices, in parts whose rows divide over them."""
+def _laid(laying: Laying, name: str, batch: tuple[Any, ...], most: int) -> Ready | None:
+    """A batch on its devices, in parts whose rows divide over them.
+
+    `None` if it's left out, since it has fewer rows than the `most` that one had.
+    """
     named = laying.names(batch)
     try:
         check_devices([*laying.like, *named])
@@ -201,6 +204,8 @@ def _laid(laying: Laying, name: str, batch: tuple[Any, ...]) -> Ready:
                 "how the rows of all processes lie together, or batch_axes with None "
                 "for what is the same in all"
             )
+    if laying.drop_last and (count or 0) < most:
+        return None
     if count == 0:
         raise Trouble(f"{name} has no rows")
     count = 1 if count is None else count
