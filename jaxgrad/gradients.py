@@ -188,10 +188,18 @@ def _layouts(params: PyTree) -> tuple[Layout, ...]:
     """The layouts of the leaves to differentiate; empty if all are on one device."""
     leaves = jax.tree.leaves(params)
     # Called at each call: what nobody has put anywhere is on one device.
-    if not any(getattr(leaf, "committed", False) for leaf in leaves):
+    tracer = jax.core.Tracer
+    if not any(
+        not isinstance(x, tracer) and getattr(x, "committed", 0) for x in leaves
+    ):
         return ()
     found = tuple(layout_of(x) for x in leaves if kind_of(x) == "differentiable")
     return found if any(found) else ()
+
+
+def _is_committed(leaf: Any) -> bool:
+    tracer = isinstance(leaf, jax.core.Tracer)  # has no such attribute
+    return not tracer and getattr(leaf, "committed", False)
 
 
 class _NotOnlyArrays(Exception):

@@ -120,7 +120,9 @@ def _arrays(name: str, batch: Any) -> tuple[Any, ...]:
         )
     try:
         return tuple(
-            jax.tree.map(lambda x: np.array(x) if _is_host(x) else x, list(batch))
+            jax.tree.map(
+                lambda x: np.array(np.asarray(x)) if _is_host(x) else x, list(batch)
+            )
         )
     except Exception as error:
         raise Trouble(
