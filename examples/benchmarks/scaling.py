@@ -1,6 +1,6 @@
 """How time and memory grow with rows, devices and parameters; and beside others' loops.
 
-scaling.py                       all: 10 minutes
+scaling.py                       all: 12 minutes
 scaling.py rows instruments      only these: minibatch rows devices instruments table
 scaling.py --quick               tiny sizes, to see it run: its figures mean nothing
 """
