@@ -4,6 +4,9 @@ import os
 
 import pytest
 
+# A script that the test starts in processes of its own.
+collect_ignore = ["processes/worker.py"]
+
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 if not os.environ.get("JAXGRAD_WITHOUT_HOOK"):
