@@ -168,9 +168,7 @@ def _differentiated(
                     return fast(*operands)
                 except _NotOnlyArrays:
                     pass
-                except (
-                    TypeError
-                ):  # jit's, of a leaf that is no array; or the loss's own
+                except TypeError:  # jit's, of a leaf that is no array; or the loss's
                     if all(map(is_array, jax.tree.leaves(operands))):
                         raise
                 compiled.only_arrays = False
@@ -188,10 +186,7 @@ def _layouts(params: PyTree) -> tuple[Layout, ...]:
     """The layouts of the leaves to differentiate; empty if all are on one device."""
     leaves = jax.tree.leaves(params)
     # Called at each call: what nobody has put anywhere is on one device.
-    tracer = jax.core.Tracer
-    if not any(
-        not isinstance(x, tracer) and getattr(x, "committed", 0) for x in leaves
-    ):
+    if not any(map(_is_committed, leaves)):
         return ()
     found = tuple(layout_of(x) for x in leaves if kind_of(x) == "differentiable")
     return found if any(found) else ()
