@@ -12,7 +12,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 PyTree = Any
 Layout = NamedSharding | None
@@ -111,6 +111,38 @@ def split_layout(layout: NamedSharding) -> tuple[Layout, Layout]:
 def layout_on(mesh: Any, *axes: Any) -> NamedSharding:
     """A layout over a mesh; on all devices whole, without axes."""
     return NamedSharding(mesh, PartitionSpec(*axes))  # type: ignore[no-untyped-call]
+
+
+def automatic(layout: NamedSharding) -> NamedSharding:
+    """The same layout on a mesh without explicit axes, for programs of ours.
+
+    Explicit axes refuse what has no layout of its own.
+    """
+    mesh = layout.mesh
+    kinds = (AxisType.Auto,) * len(mesh.axis_names)
+    if mesh.axis_types == kinds:
+        return layout
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+    return layout_on(mesh, *layout.spec)
+
+
+def seen_as(array: Any, layout: NamedSharding) -> Any:
+    """The same buffers under another name for the same layout."""
+    if array.sharding == layout:
+        return array
+    parts = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, layout, parts)
+
+
+def handed_out(numbers: np.ndarray, layout: NamedSharding) -> Any:
+    """Numbers that each process has, in their dtype: each device gets its part.
+
+    Nothing is compared, as `device_put` does, to which a NaN is never equal.
+    """
+    with jax.enable_x64(True):
+        return jax.make_array_from_callback(
+            numbers.shape, layout, lambda index: np.asarray(numbers[index])
+        )
 
 
 def put_together(tree: PyTree, *others: PyTree) -> PyTree:
@@ -220,7 +252,8 @@ def numbers_of(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
     ):
-        from jax.experimental.multihost_utils import process_allgather
-
-        array = process_allgather(array, tiled=True)
+        layout = layout_of(array)
+        assert layout is not None  # or all of it would be here
+        with jax.enable_x64(True):
+            array = jax.device_put(array, layout_on(layout.mesh))
     return np.asarray(array)

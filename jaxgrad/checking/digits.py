@@ -10,7 +10,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.checking.leaves import local, on_host
+from jaxgrad.checking.leaves import on_host
 from jaxgrad.checking.problem import Problem
 from jaxgrad.compiling import Program
 from jaxgrad.equations import (
@@ -24,6 +24,7 @@ from jaxgrad.equations import (
     still,
     wider,
 )
+from jaxgrad.placing import numbers_of
 
 
 def where_digits_go(problem: Problem) -> tuple[str, Place] | None:
@@ -47,7 +48,7 @@ def where_digits_go(problem: Problem) -> tuple[str, Place] | None:
 
     with jax.enable_x64(True):
         operands = on_host((problem.values, problem.fixed, closed.consts))
-        errors = local(Program(run, problem.size, *operands)(*operands))
+        errors = numbers_of(Program(run, problem.size, *operands)(*operands))
     if not len(errors):
         return None
     before, after = np.nan_to_num(errors.T, nan=0.0, posinf=0.0)

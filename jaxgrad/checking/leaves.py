@@ -15,7 +15,15 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxgrad.placing import (
+    automatic,
+    handed_out,
+    layout_of,
+    layout_on,
+    numbers_of,
+    seen_as,
+)
 
 Leaf = np.ndarray | jax.Array
 """A leaf's numbers on the host, or spread over devices."""
@@ -24,12 +32,9 @@ SMALL_LEAF = 64
 """Of a leaf up to this size each entry may be looked at, so that it's on the host."""
 
 
-_WHOLE = PartitionSpec()  # type: ignore[no-untyped-call]
-
-
 def is_spread(array: Any) -> bool:
     """Whether an array is on several devices."""
-    return isinstance(array, jax.Array) and len(array.sharding.device_set) > 1
+    return layout_of(array) is not None
 
 
 def on_mesh(array: Any) -> bool:
@@ -50,34 +55,22 @@ def on_host(arrays: Any) -> Any:
     return jax.device_put(arrays, jax.local_devices(backend="cpu")[0])
 
 
-def local(array: Any) -> np.ndarray:
-    """A small array on the host, from whatever devices it's on."""
-    readable = not isinstance(array, jax.Array) or (
-        array.is_fully_addressable or array.is_fully_replicated
-    )
-    if not readable:
-        whole = NamedSharding(array.sharding.mesh, _WHOLE)
-        with jax.enable_x64(True):
-            array = jax.device_put(array, whole)
-    return np.asarray(array)
-
-
 def as_numpy(array: Any) -> np.ndarray:
     """A small array, or one of one device, on the host, in float64."""
-    return local(array).astype(np.float64, copy=False)
+    return numbers_of(array).astype(np.float64, copy=False)
 
 
 def leaf_of(array: Any, like: Any) -> Leaf:
     """The array where the leaf `like` is worked on, and as that is spread."""
     if not on_mesh(like):
-        return local(array)
-    sharding = _plain(like.sharding)
+        return numbers_of(array)
+    sharding = automatic(like.sharding)
     if not is_spread(array):
-        return _put(local(array), sharding)  # type: ignore[no-any-return]
-    if not _plain(array.sharding).is_equivalent_to(sharding, array.ndim):
+        return handed_out(numbers_of(array), sharding)  # type: ignore[no-any-return]
+    if not automatic(array.sharding).is_equivalent_to(sharding, array.ndim):
         with jax.enable_x64(True):
-            array = jax.device_put(_seen_as(array, _plain(array.sharding)), sharding)
-    return _seen_as(array, sharding)  # type: ignore[no-any-return]
+            array = jax.device_put(seen_as(array, automatic(array.sharding)), sharding)
+    return seen_as(array, sharding)  # type: ignore[no-any-return]
 
 
 def operand(numbers: Leaf, like: Any) -> Any:
@@ -85,8 +78,8 @@ def operand(numbers: Leaf, like: Any) -> Any:
     if not is_spread(like):
         return numbers
     if isinstance(numbers, jax.Array):
-        return _seen_as(numbers, like.sharding)
-    return _put(numbers, like.sharding)
+        return seen_as(numbers, like.sharding)
+    return handed_out(numbers, like.sharding)
 
 
 def shared(arrays: Any, beside: Sequence[Any]) -> Any:
@@ -94,20 +87,20 @@ def shared(arrays: Any, beside: Sequence[Any]) -> Any:
     meshes = [x.sharding.mesh for x in beside if is_spread(x)]
     if not meshes:
         return arrays
-    return jax.device_put(arrays, NamedSharding(meshes[0], _WHOLE))
+    return jax.device_put(arrays, layout_on(meshes[0]))
 
 
 def zeros_like(array: Any) -> Any:
     """Zeros of an array's shape in float64, spread as it is."""
     if not is_spread(array):
         return jnp.zeros(array.shape, jnp.float64)
-    return _seen_as(_zeros(array.shape, _plain(array.sharding)), array.sharding)
+    return seen_as(_zeros(array.shape, automatic(array.sharding)), array.sharding)
 
 
 def unmoved(leaf: Any) -> Leaf:
     """A direction in a leaf that goes nowhere."""
     if on_mesh(leaf):
-        return _zeros(leaf.shape, _plain(leaf.sharding))  # type: ignore[no-any-return]
+        return _zeros(leaf.shape, automatic(leaf.sharding))  # type: ignore[no-any-return]
     return np.broadcast_to(np.zeros(()), leaf.shape)
 
 
@@ -118,16 +111,17 @@ def stacked(parts: dict[int, Leaf], rows: int, like: Any) -> Any:
         several = np.zeros(shape)
         for row, numbers in parts.items():
             several[row] = numbers
-        return _put(several, _in_rows(like.sharding)) if is_spread(like) else several
-    spread = _zeros(shape, _in_rows(_plain(like.sharding)))
+        return (
+            handed_out(several, _in_rows(like.sharding)) if is_spread(like) else several
+        )
+    spread = _zeros(shape, _in_rows(automatic(like.sharding)))
     for row, numbers in parts.items():
         spread = _with_row(spread, numbers, row)
-    return _seen_as(spread, _in_rows(like.sharding))
+    return seen_as(spread, _in_rows(like.sharding))
 
 
 def _in_rows(sharding: Any) -> Any:
-    spec = PartitionSpec(None, *sharding.spec)  # type: ignore[no-untyped-call]
-    return NamedSharding(sharding.mesh, spec)
+    return layout_on(sharding.mesh, None, *sharding.spec)
 
 
 def _zeros(shape: tuple[int, ...], sharding: Any) -> Any:
@@ -140,32 +134,6 @@ def _zeros_on(shape: tuple[int, ...], sharding: Any) -> Any:
     return jax.jit(lambda: jnp.zeros(shape, jnp.float64), out_shardings=sharding)
 
 
-def _put(numbers: np.ndarray, sharding: Any) -> Any:
-    """Each device gets its part; no process needs the other ones' devices."""
-    with jax.enable_x64(True):
-        return jax.make_array_from_callback(
-            numbers.shape, sharding, lambda index: np.asarray(numbers[index])
-        )
-
-
-def _plain(sharding: Any) -> Any:
-    """The same sharding on a mesh without explicit axes, for programs of ours."""
-    mesh = sharding.mesh
-    auto = (AxisType.Auto,) * len(mesh.axis_names)
-    if mesh.axis_types == auto:
-        return sharding
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
-    return NamedSharding(mesh, sharding.spec)
-
-
-def _seen_as(array: Any, sharding: Any) -> Any:
-    """The same buffers under another name for the same sharding."""
-    if array.sharding == sharding:
-        return array
-    parts = [shard.data for shard in array.addressable_shards]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
-
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -173,7 +141,7 @@ def _either(function: Callable[..., Any], made: bool) -> Callable[..., Any]:
     @functools.cache
     def program(sharding: Any, options: tuple[tuple[str, Any], ...]) -> Any:
         bound = functools.partial(function, jnp, **dict(options))
-        whole = NamedSharding(sharding.mesh, _WHOLE)
+        whole = layout_on(sharding.mesh)
         return jax.jit(bound, out_shardings=sharding if made else whole)
 
     @functools.wraps(function)
@@ -321,7 +289,7 @@ def spread_like(rng: np.random.Generator, leaf: Any) -> Leaf:
     if not on_mesh(leaf):
         return spread(rng, leaf.shape)
     words = rng.integers(0, 2**32, 2, np.uint32)
-    return _spread(_seen_as(leaf, _plain(leaf.sharding)), words)  # type: ignore[no-any-return]
+    return _spread(seen_as(leaf, automatic(leaf.sharding)), words)  # type: ignore[no-any-return]
 
 
 @made_of_leaf

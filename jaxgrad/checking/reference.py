@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxgrad.checking.leaves import (
     Leaf,
-    local,
     on_host,
     operand,
     shared,
@@ -35,6 +34,7 @@ from jaxgrad.equations import (
     still,
     wider,
 )
+from jaxgrad.placing import numbers_of
 
 
 class Probe(NamedTuple):
@@ -262,7 +262,7 @@ class Reference:
             for start in range(0, len(probes), self._probes):
                 some = probes[start : start + self._probes]
                 got = self.program(*self._operands(some, signed, hold))
-                by, moved, size, here = (np.atleast_2d(local(x)) for x in got)
+                by, moved, size, here = (np.atleast_2d(numbers_of(x)) for x in got)
                 by = by - by[:, -1:]  # by which two compiled copies of it differ
                 self._here = float(here[0, 0])
                 for row in np.stack([by, moved, size], axis=1)[: len(some)]:

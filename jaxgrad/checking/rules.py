@@ -13,7 +13,6 @@ from jaxgrad.checking.leaves import (
     Leaf,
     leaf_of,
     linear,
-    local,
     on_host,
     pick,
     read_of_leaf,
@@ -34,6 +33,7 @@ from jaxgrad.equations import (
     still,
     wider,
 )
+from jaxgrad.placing import numbers_of
 
 # A rule is checked at so many of the places that call it, and iterations of a loop; at
 # more, of all together, only if these show nothing.
@@ -144,7 +144,7 @@ def _calls(
     eqn: Any, ran: Any, inputs: list[Any], moving: list[bool], stacked: bool
 ) -> list[_Call]:
     """The calls of one equation: some of the iterations of the loops it stands in."""
-    places = np.argwhere(local(ran))
+    places = np.argwhere(numbers_of(ran))
     most = _MORE_ITERATIONS if stacked else _CALLS
     if len(places) > most:
         places = places[np.linspace(0, len(places) - 1, most).astype(int)]

@@ -8,9 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jaxgrad.placing import layout_of, numbers_of
+from jaxgrad.placing import (
+    automatic,
+    handed_out,
+    layout_of,
+    numbers_of,
+    seen_as,
+)
 
 Index = tuple[int, ...]
 
@@ -24,13 +29,7 @@ def at_hand(array: Any) -> Any:
     layout = layout_of(array)
     if layout is None or array.is_fully_replicated:
         return np.asarray(array)
-    if all(kind == AxisType.Auto for kind in layout.mesh.axis_types):
-        return array
-    # Explicit axes refuse what has no layout of its own: the same parts, automatic.
-    mesh = Mesh(layout.mesh.devices, layout.mesh.axis_names)
-    parts = [part.data for part in array.addressable_shards]
-    automatic = NamedSharding(mesh, layout.spec)
-    return jax.make_array_from_single_device_arrays(array.shape, automatic, parts)
+    return seen_as(array, automatic(layout))
 
 
 def space(array: Any) -> Any:
@@ -46,9 +45,7 @@ def placed(numbers: Any, like: Any) -> Any:
     if isinstance(numbers, jax.Array):
         move = jax.jit(lambda x: x.astype(like.dtype), out_shardings=layout)
         return move(numbers)
-    # Not by device_put, which compares the processes' numbers: a NaN is never equal.
-    local = np.asarray(numbers, like.dtype)
-    return jax.make_array_from_callback(local.shape, layout, lambda index: local[index])
+    return handed_out(np.asarray(numbers, like.dtype), layout)
 
 
 def pick(array: Any, index: Index) -> Any:
