@@ -19,6 +19,23 @@ from jaxgrad.checking.leaves import (
 from jaxgrad.checking.measuring import ROUNDING
 
 
+class Suspects(NamedTuple):
+    """Entries of a leaf to be measured one by one.
+
+    Attributes:
+      places: where they are in the flattened leaf, the worst first.
+      right: what the gradient should be, as far as it's known; NaN elsewhere.
+      total: how many entries are thought to be wrong, these and others; `None` if
+        they are too many to be told, and unknown where all entries are measured.
+      rest: the 2-norm of the other entries' errors.
+    """
+
+    places: np.ndarray
+    right: Leaf
+    total: int | None
+    rest: float = 0.0
+
+
 class Beyond(NamedTuple):
     """The entries that are off by more than they may be.
 

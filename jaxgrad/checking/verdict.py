@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from jaxgrad.causes import Cause, Sums, find_cause, find_cause_by_sums
+from jaxgrad.causes import Cause
+from jaxgrad.checking.blaming import Wrong, blame
 from jaxgrad.checking.entries import (
-    Fits,
+    Suspects,
     allowed_at,
     beyond,
-    fits,
     known_sizes,
     nonfinite,
 )
 from jaxgrad.checking.leaves import (
     SMALL_LEAF,
     Leaf,
-    as_numpy,
     filled,
-    stays_spread,
     values_at,
     with_values,
 )
@@ -56,23 +55,6 @@ _SHOWN = 16
 # Along a random direction an error shows as up to so many times its share of a
 # gradient's norm, in all but one case of 400.
 _CHANCE = 3
-
-
-class Suspects(NamedTuple):
-    """Entries of a leaf to be measured one by one.
-
-    Attributes:
-      places: where they are in the flattened leaf, the worst first.
-      right: what the gradient should be, as far as it's known; NaN elsewhere.
-      total: how many entries are thought to be wrong, these and others; `None` if
-        they are too many to be told, and unknown where all entries are measured.
-      rest: the 2-norm of the other entries' errors.
-    """
-
-    places: np.ndarray
-    right: Leaf
-    total: int | None
-    rest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -333,7 +315,9 @@ class Judge:
                 verdict="wrong",
                 wrong_entries=count,
                 entries=entries,
-                cause=self._cause(number, claimed, right, bar, suspects, entries),
+                cause=self._cause(
+                    number, Wrong(claimed, right, bar, suspects, entries)
+                ),
             )
         if kinks or settled.any():
             on = [k for k, here in enumerate(settled) if here]
@@ -418,83 +402,12 @@ class Judge:
             "enough to say where",
         )
 
-    def _cause(
-        self,
-        number: int,
-        claimed: Leaf,
-        right: Leaf,
-        bar: float,
-        suspects: Suspects,
-        entries: Sequence[EntryCheck],
-    ) -> Cause:
-        name = self.measuring.problem.names[number]
-        size, gap = map(float, known_sizes(claimed, right))
-        # Rounding explains so much, and never the whole difference.
-        part = min(max(bar, 1e-9 * size), gap / 10)
-        noise = part / size if size else 1e-9
-        pairs = zip(
-            self.measuring.problem.names, self.measuring.claim.tested, strict=True
-        )
-        others = {
-            other: tested
-            for other, tested in pairs
-            if other != name and tested.shape == claimed.shape
-        }
-        if stays_spread(claimed):
-            return self._cause_by_sums(
-                name, claimed, right, noise, suspects, entries, others
-            )
-        return find_cause(
-            name,
-            as_numpy(claimed),
-            as_numpy(right),
-            counts=self.counts,
-            other_claimed={
-                other: as_numpy(x) for other, x in others.items() if not stays_spread(x)
-            },
-            contributions=lambda: self.parts(number),
-            noise=noise,
-        )
-
-    def _cause_by_sums(
-        self,
-        name: str,
-        claimed: Leaf,
-        right: Leaf,
-        noise: float,
-        suspects: Suspects,
-        entries: Sequence[EntryCheck],
-        others: Mapping[str, Leaf],
-    ) -> Cause:
-        whole = suspects.total is not None
-        if not whole:  # what was measured of it
-            claimed = values_at(claimed, suspects.places)
-            right = values_at(right, suspects.places)
-        fit = Fits(*map(float, fits(claimed, right)))
-        worst = None
-        if entries:
-            worst = entries[0].index, entries[0].claimed, entries[0].reference
-        return find_cause_by_sums(
-            name,
-            Sums(
-                fit.claimed,
-                fit.right,
-                fit.off,
-                int(claimed.size),
-                int(fit.nonzero),
-                noise,
-                fit.factor,
-                fit.unlike,
-                fit.shift,
-                fit.uneven,
-                suspects.total,
-                suspects.rest,
-                worst,
-                {k: float(gap_of(x, right)) for k, x in others.items() if whole},
-                whole,
-            ),
-            counts=self.counts,
-        )
+    def _cause(self, number: int, wrong: Wrong) -> Cause:
+        """Why a leaf's gradient is wrong."""
+        problem, claim = self.measuring.problem, self.measuring.claim
+        tested = dict(zip(problem.names, claim.tested, strict=True))
+        parts = functools.partial(self.parts, number)
+        return blame(problem.names[number], wrong, tested, self.counts, parts)
 
     def _digits(
         self, row: LeafCheck, number: int, native: Leaf, claimed: Leaf

@@ -8,40 +8,26 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from jaxgrad.causes.guesses import (
+    Cause,
+    Guess,
+    bulk,
+    constant,
+    first,
+    multiples,
+    times,
+    zero,
+)
+
 Array = npt.NDArray[np.float64]
 Others = tuple[Mapping[str, Array], Mapping[str, Array]]  # claimed, and right
 Parts = Sequence[tuple[str, Array]]
-
-KINDS = (
-    "factor",
-    "sign",
-    "zero",
-    "transposed",
-    "permuted",
-    "swapped",
-    "rows",
-    "columns",
-    "entries",
-    "offset",
-    "missing_term",
-    "matmul_precision",
-    "unknown",
-)
-
-
-@dataclass(frozen=True)
-class Cause:
-    """Why a gradient is wrong: `kind` is one of `KINDS`, `text` is for a person."""
-
-    kind: str
-    text: str
 
 
 @np.errstate(all="ignore")  # other leaves may be infinite, or out of proportion
@@ -80,116 +66,10 @@ def find_cause(
     pair = _Pair(who, claimed, reference, noise)
     others = other_claimed or {}, other_reference or {}
     return (
-        _first(who, pair, _simple(pair, others, _multiples(counts or {})))
-        or _first(who, pair, _missing(pair, contributions))
+        first(who, pair, _simple(pair, others, multiples(counts or {})))
+        or first(who, pair, _missing(pair, contributions))
         or Cause("unknown", f"{who} {_unknown(pair)}.")
     )
-
-
-@dataclass(frozen=True)
-class Sums:
-    """A claimed gradient and the right one, by sums over all of their entries.
-
-    Attributes:
-      our_norm, right_norm, off_norm: the 2-norms of both, and of their difference.
-      size: how many entries there are.
-      nonzero: how many aren't zero in both.
-      noise: the uncertainty of the numbers, as a share of their 2-norm.
-      factor, unlike: what brings the right one closest, and the 2-norm of the rest.
-      shift, uneven: what is added to each entry, and the 2-norm of the rest.
-      wrong: how many entries are wrong, if that is known.
-      others_off: the 2-norm of the other entries' errors.
-      worst: the worst entry: its index, the number claimed, the right one.
-      elsewhere: by the name of another leaf, the 2-norm of what its claimed gradient
-        differs by from the right one of this.
-      whole: whether these are all of the entries, or a sample.
-      unit: what all numbers are multiples of.
-    """
-
-    our_norm: float
-    right_norm: float
-    off_norm: float
-    size: int
-    nonzero: int
-    noise: float
-    factor: float
-    unlike: float
-    shift: float
-    uneven: float
-    wrong: int | None
-    others_off: float
-    worst: tuple[tuple[int, ...], float, float] | None
-    elsewhere: Mapping[str, float]
-    whole: bool
-    unit: float = 1.0
-
-    def near(self, size: float) -> float:
-        """As for whole gradients."""
-        return _bulk(self.size) * min(self.off_norm, size)
-
-
-def find_cause_by_sums(
-    name: str, sums: Sums, *, counts: Mapping[str, int] | None = None
-) -> Cause:
-    """As `find_cause`, of gradients that are too large, or too far apart, to be held.
-
-    What takes the whole of them, such as another order of the entries, isn't tried.
-    """
-    who = f"The gradient of `{name}`"
-    found = _first(who, sums, _by_sums(sums, _multiples(counts or {})))
-    if found is not None:
-        return found
-    if not sums.right_norm:
-        text = "should be zero, and isn't"
-    else:
-        part = 100 * sums.off_norm / sums.right_norm
-        text = f"differs by {part:.3g} % of its norm, and no simple cause fits"
-    return Cause("unknown", f"{who} {text}.")
-
-
-def _by_sums(s: Sums, multiples: Mapping[int, str]) -> Iterator[_Guess]:
-    """The hypotheses that sums can test, the simplest first."""
-    yield _zero(s, s.whole and s.our_norm <= s.noise * s.right_norm)
-    if s.right_norm:
-        text = _times(s, s.factor, s.unlike, s.our_norm, multiples)
-        kind = "sign" if text == "of the wrong sign" else "factor"
-        yield _Guess(kind, f"is {text}", s.unlike, s.our_norm)
-    for other, gap in s.elsewhere.items():
-        yield _Guess("swapped", f"stands under `{other}`", gap, s.right_norm)
-    if s.wrong and s.worst and s.wrong <= s.nonzero // 2:
-        index, ours, right = s.worst
-        text = (
-            f"is wrong in {s.wrong} of {s.size} entries, and right in the others: "
-            f"{list(index)} is {ours:.6g} and should be {right:.6g}"
-        )
-        yield _Guess("entries", text, s.others_off, s.right_norm)
-    yield _constant(s, s.shift, s.uneven)
-
-
-class _Guess(NamedTuple):
-    """What a hypothesis leaves unexplained: `residual`, of something of size `size`."""
-
-    kind: str
-    text: str
-    residual: float
-    size: float
-    loosely: bool = True
-    """Says if 99 % is enough."""
-
-
-def _first(who: str, p: _Pair | Sums, guesses: Iterable[_Guess]) -> Cause | None:
-    """The first guess that fits; else the first that explains the bulk."""
-    loose = None
-    for guess in guesses:
-        if guess.residual <= p.noise * guess.size:
-            return Cause(guess.kind, f"{who} {guess.text}.")
-        near = guess.loosely and guess.residual <= p.near(guess.size)
-        loose = guess if near and loose is None else loose
-    if loose is None:
-        return None
-    left = f"{100 * loose.residual / p.off_norm:.1g} %"
-    text = f"{who} {loose.text} (which leaves {left} unexplained)."
-    return Cause(loose.kind, text)
 
 
 class _Pair:
@@ -225,7 +105,7 @@ class _Pair:
         A share of the difference, whatever its cause, and of the numbers too: a tiny
         gradient is a hundredth of the right one without being a multiple of it.
         """
-        return _bulk(self.right.size) * min(self.off_norm, size)
+        return bulk(self.right.size) * min(self.off_norm, size)
 
     def part(self, array: Array) -> Array:
         """The entries of an array where the reference is known."""
@@ -241,14 +121,6 @@ class _Pair:
         return flat.reshape(self.claimed.shape)
 
 
-def _bulk(count: int) -> float:
-    """What may be left, as a share.
-
-    Of a handful of numbers one in a hundred fits by chance, so there it's less.
-    """
-    return 1e-2 if count > 5 else 1e-4
-
-
 def _norm(array: Array) -> float:
     return float(np.linalg.norm(array.ravel()))
 
@@ -261,25 +133,25 @@ def _fit(target: Array, source: Array) -> tuple[float, float]:
     return factor, _norm(left)
 
 
-def _simple(p: _Pair, others: Others, multiples: Mapping[int, str]) -> Iterator[_Guess]:
+def _simple(p: _Pair, others: Others, multiples: Mapping[int, str]) -> Iterator[Guess]:
     """The hypotheses that need no contributions, the simplest first."""
     # One number among many says nothing of the others.
     enough = p.right.size > 1 or p.claimed.size == 1
     none = _norm(p.claimed) <= p.noise * p.right_norm
     if enough or none:
-        yield _zero(p, none)
+        yield zero(p, none)
     one_way, both_ways = _swapped(p, others)
     if not enough:
         yield from both_ways
         return
     if p.right_norm:
         factor, left = _fit(p.ours, p.right)
-        text = _times(p, factor, left, p.our_norm, multiples)
+        text = times(p, factor, left, p.our_norm, multiples)
         if text == "of the wrong sign":
-            yield _Guess("sign", f"is {text}", left, p.our_norm)
+            yield Guess("sign", f"is {text}", left, p.our_norm)
         # Any two scalars differ by a factor: if both went astray, that says more.
         yield from both_ways
-        yield _Guess("factor", f"is {text}", left, p.our_norm)
+        yield Guess("factor", f"is {text}", left, p.our_norm)
     if p.claimed.size > 1:
         yield from one_way
         if p.right_norm:
@@ -287,61 +159,10 @@ def _simple(p: _Pair, others: Others, multiples: Mapping[int, str]) -> Iterator[
             yield from _rearranged(p, multiples)
             yield from _entries(p)
     shift = float(np.mean(p.off))
-    yield _constant(p, shift, _norm(p.off - shift))
+    yield constant(p, shift, _norm(p.off - shift))
 
 
-def _zero(p: _Pair | Sums, none: bool) -> _Guess:
-    what = "missing altogether" if none else "zero wherever it was measured"
-    text = f"is {what}, and its norm should be {p.right_norm * p.unit:.3g}"
-    return _Guess("zero", text, p.our_norm, p.right_norm, loosely=False)
-
-
-def _constant(p: _Pair | Sums, shift: float, left: float) -> _Guess:
-    text = f"is off by a constant: {shift * p.unit:.6g} is added to every entry"
-    return _Guess("offset", text, left, max(p.our_norm, p.right_norm))
-
-
-def _multiples(counts: Mapping[str, int]) -> dict[int, str]:
-    """What a factor may come from: a count, or the product of two."""
-    names: dict[int, list[str]] = {}
-    for name, count in counts.items():
-        names.setdefault(count, []).append(f"the {name}")
-    for one, two in itertools.combinations(counts, 2):
-        if min(counts[one], counts[two]) > 1:
-            product = f"the {one} times the {two}"
-            names.setdefault(counts[one] * counts[two], []).append(product)
-    return {n: " or ".join(names[n]) for n in names if n > 1}
-
-
-def _times(
-    p: _Pair | Sums,
-    factor: float,
-    left: float,
-    size: float,
-    multiples: Mapping[int, str],
-) -> str:
-    """Says a factor in words: by a name that fits as well as the number does."""
-    slack = max(p.noise * size, left) / p.right_norm
-    sign = "of the wrong sign" if factor < 0 else ""
-    if abs(abs(factor) - 1) <= slack:
-        return sign
-    for n in dict.fromkeys([*multiples, 2]):
-        large = abs(abs(factor) - n) <= slack
-        if large or abs(abs(factor) - 1 / n) <= slack:
-            why = (
-                "as if a term counted twice" if large else "as if a factor were missing"
-            )
-            if n in multiples:
-                it, loss = ("sum", "mean") if large else ("mean", "sum")
-                why = (
-                    f"and {n} is {multiples[n]}: a {it} where the loss takes the {loss}"
-                )
-            named = f"{n} times too {'large' if large else 'small'}, {why}"
-            return f"{sign} and {named}" if sign else named
-    return f"{factor:.6g} times what it should be"
-
-
-def _swapped(p: _Pair, others: Others) -> tuple[list[_Guess], list[_Guess]]:
+def _swapped(p: _Pair, others: Others) -> tuple[list[Guess], list[Guess]]:
     """Another leaf's gradient: that stands here, ours there, or both."""
     claimed, right = others
     one_way, both_ways = [], []
@@ -351,16 +172,16 @@ def _swapped(p: _Pair, others: Others) -> tuple[list[_Guess], list[_Guess]]:
             source = p.part(right[other])
             seen = np.isfinite(source)
             left, size = _norm((p.ours - source)[seen]), _norm(source[seen])
-            ways.append(_Guess("swapped", f"is that of `{other}`", left, size))
+            ways.append(Guess("swapped", f"is that of `{other}`", left, size))
         if other in claimed and np.shape(claimed[other]) == p.claimed.shape:
             left, size = _norm(p.part(claimed[other]) - p.right), p.right_norm
-            ways.append(_Guess("swapped", f"stands under `{other}`", left, size))
+            ways.append(Guess("swapped", f"stands under `{other}`", left, size))
         ways = [way for way in ways if 0 < way.size < np.inf]
         one_way += ways
         if len(ways) == 2:
             worse = max(way.residual / way.size for way in ways)
             text = f"and that of `{other}` are swapped"
-            both_ways.append(_Guess("swapped", text, worse, 1.0, loosely=False))
+            both_ways.append(Guess("swapped", text, worse, 1.0, loosely=False))
     return one_way, both_ways
 
 
@@ -372,7 +193,7 @@ def _axes(p: _Pair) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "columns", tuple(axes[:-1])
 
 
-def _slices(p: _Pair) -> Iterator[_Guess]:
+def _slices(p: _Pair) -> Iterator[Guess]:
     """Each row or column has its own factor."""
     ours, right = p.whole(p.ours), p.whole(p.right)
     for kind, others in _axes(p):
@@ -392,7 +213,7 @@ def _slices(p: _Pair) -> Iterator[_Guess]:
             times = ", ".join(texts[:4] + ["..."] * (len(texts) > 4))
             which = _which(kind, wrong)
             text = f"is wrong by a factor in {which}: {times} times what it should be"
-            yield _Guess(kind, text, left, min(p.our_norm, p.right_norm))
+            yield Guess(kind, text, left, min(p.our_norm, p.right_norm))
 
 
 def _which(kind: str, hit: npt.NDArray[np.bool_]) -> str:
@@ -408,7 +229,7 @@ def _listed(texts: Sequence[str], count: int) -> str:
     return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
 
 
-def _rearranged(p: _Pair, multiples: Mapping[int, str]) -> Iterator[_Guess]:
+def _rearranged(p: _Pair, multiples: Mapping[int, str]) -> Iterator[Guess]:
     """The right numbers in another order, times a factor."""
     if p.all_known:
         # No order brings two lists closer than if both are sorted: so if that isn't
@@ -420,13 +241,13 @@ def _rearranged(p: _Pair, multiples: Mapping[int, str]) -> Iterator[_Guess]:
         target = restored.ravel()[p.known]
         size = _norm(target)
         factor, left = _fit(target, p.right)
-        times = _times(p, factor, left, size, multiples)
-        yield _Guess(kind, f"{text}, and {times}" if times else text, left, size)
+        said = times(p, factor, left, size, multiples)
+        yield Guess(kind, f"{text}, and {said}" if said else text, left, size)
     # Large samples of one distribution, sorted, agree to about 1 / sqrt(size).
     if p.all_known and p.noise < 1e-2 / np.sqrt(p.right.size):
         left = _norm(np.sort(p.ours) - np.sort(p.right))
         text = "holds the right numbers in another order"
-        yield _Guess("permuted", text, left, p.right_norm, loosely=False)
+        yield Guess("permuted", text, left, p.right_norm, loosely=False)
 
 
 def _orders(p: _Pair) -> Iterator[tuple[str, Array, str]]:
@@ -454,7 +275,7 @@ def _orders(p: _Pair) -> Iterator[tuple[str, Array, str]]:
         yield "permuted", np.flip(p.claimed, axis), f"is reversed {where}"
 
 
-def _entries(p: _Pair) -> Iterator[_Guess]:
+def _entries(p: _Pair) -> Iterator[Guess]:
     """Some entries are wrong and the others, at least as many, right.
 
     A half is enough, since no number is right by chance; zeros don't count, since
@@ -471,7 +292,7 @@ def _entries(p: _Pair) -> Iterator[_Guess]:
             kind, text = _wrong_entries(p, wrong)
             # The others are right by their own measure, however large the wrong ones.
             size = _norm(p.right[~wrong]) if loosely else p.right_norm
-            yield _Guess(kind, text, _norm(off[~wrong]), size, loosely)
+            yield Guess(kind, text, _norm(off[~wrong]), size, loosely)
 
 
 def _wrong_entries(p: _Pair, wrong: npt.NDArray[np.bool_]) -> tuple[str, str]:
@@ -492,7 +313,7 @@ def _wrong_entries(p: _Pair, wrong: npt.NDArray[np.bool_]) -> tuple[str, str]:
     )
 
 
-def _missing(p: _Pair, contributions: Parts | Callable[[], Parts]) -> Iterator[_Guess]:
+def _missing(p: _Pair, contributions: Parts | Callable[[], Parts]) -> Iterator[Guess]:
     """The reference is a sum, of which some terms are missing."""
     terms = contributions() if callable(contributions) else contributions
     if len(terms) < 2 or p.right.size < 2 or not p.right_norm:
@@ -509,7 +330,7 @@ def _missing(p: _Pair, contributions: Parts | Callable[[], Parts]) -> Iterator[_
         counted = [f"{factor * k:.4g}" for k in np.unique(kept[kept != 0])]
         if counted != ["1"]:
             text += f", and counts the rest {_listed(counted, len(counted))} times"
-        yield _Guess("missing_term", text, left, p.right_norm)
+        yield Guess("missing_term", text, left, p.right_norm)
 
 
 def _weights(p: _Pair, rows: Sequence[Array]) -> Array | None:
