@@ -19,8 +19,7 @@ from jaxgrad.placing import (
     spans_processes,
 )
 from jaxgrad.pytrees import PyTree, is_array, kind_of, leaf_name
-from jaxgrad.training.rows import (
-    Part,
+from jaxgrad.training.axes import (
     count_rows,
     devices_of_rows,
     even_parts,
@@ -29,6 +28,7 @@ from jaxgrad.training.rows import (
     uneven,
     whole_rows,
 )
+from jaxgrad.training.rows import Part
 
 
 class Trouble(Exception):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,24 +26,29 @@ from jaxgrad.pytrees import (
     as_params,
     combine,
     foreign,
-    function_name,
     kind_of,
     operand_name,
     partition,
     split_static,
 )
-from jaxgrad.sgd import Schedule, check_number
-from jaxgrad.training.loop import GO_ON, Compiled, Loop, Settings, compile_loop, reason
-from jaxgrad.training.pieces import Done, agreement, in_pieces, progress_bar
-from jaxgrad.training.results import BatchError, TrainResult, TrainState, check_state
-from jaxgrad.training.rows import (
-    Rows,
+from jaxgrad.sgd import Schedule
+from jaxgrad.training.arguments import (
+    check_arguments,
+    check_batching,
+    check_keys,
+    whole,
+)
+from jaxgrad.training.axes import (
     count_rows,
     devices_of_rows,
     layouts_per_leaf,
     per_leaf,
     uneven,
 )
+from jaxgrad.training.loop import GO_ON, Compiled, Loop, Settings, compile_loop, reason
+from jaxgrad.training.pieces import Done, agreement, in_pieces, progress_bar
+from jaxgrad.training.results import BatchError, TrainResult, TrainState, check_state
+from jaxgrad.training.rows import Rows
 from jaxgrad.training.source import Laying, Ready, ready_batches
 from jaxgrad.training.stream import in_batches
 
@@ -142,12 +145,12 @@ def train(
       >>> print(result.losses[:2], result.steps)
       [6.25   3.0625] 22
     """
-    record_every = _whole("record_every", record_every)
-    steps = None if steps is None else _whole("steps", steps)
-    batch_size = None if batch_size is None else _whole("batch_size", batch_size)
-    _check_arguments(steps, learning_rate, optimizer, record_every)
-    _check_batching(steps, batch_size, shuffle_key, drop_last, batches, reduction)
-    _check_keys(loss, len(args), shuffle_key, step_key)
+    record_every = whole("record_every", record_every)
+    steps = None if steps is None else whole("steps", steps)
+    batch_size = None if batch_size is None else whole("batch_size", batch_size)
+    check_arguments(steps, learning_rate, optimizer, record_every)
+    check_batching(steps, batch_size, shuffle_key, drop_last, batches, reduction)
+    check_keys(loss, len(args), shuffle_key, step_key)
     schedule, given = (
         (learning_rate, None) if callable(learning_rate) else (None, learning_rate)
     )
@@ -342,108 +345,3 @@ def _batching(rows: Rows | None, shuffle_key: Any, step_key: Any) -> dict[str, A
             typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
             facts[name] = jax.random.key_data(key) if typed else jnp.asarray(key)
     return facts
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, and is {value!r}.") from None
-
-
-def _check_arguments(
-    steps: int | None, learning_rate: Any, optimizer: Any, record_every: int
-) -> None:
-    if (learning_rate is None) == (optimizer is None):
-        given = "neither" if optimizer is None else "both"
-        raise TypeError(
-            f"train needs a learning_rate (for sgd_update) or an optimizer (of optax), "
-            f"one of the two, and was given {given}."
-        )
-    if optimizer is not None and not (
-        callable(getattr(optimizer, "init", None))
-        and callable(getattr(optimizer, "update", None))
-    ):
-        raise TypeError(
-            "optimizer must be an optax.GradientTransformation, such as "
-            f"optax.adam(1e-3), and is a {type(optimizer).__name__}."
-        )
-    if learning_rate is not None and not callable(learning_rate):
-        check_number("learning_rate", learning_rate)
-    if steps is not None and steps < 0:
-        raise ValueError(f"steps must be 0 or more, and is {steps}.")
-    if record_every < 1:
-        raise ValueError(f"record_every must be 1 or more, and is {record_every}.")
-
-
-def _check_batching(
-    steps: int | None,
-    batch_size: int | None,
-    shuffle_key: Any,
-    drop_last: bool,
-    batches: Any,
-    reduction: str | None,
-) -> None:
-    if batches is None and steps is None:
-        raise TypeError(
-            "train needs steps, the number of updates to make. (It may be None only "
-            "with batches=, and then the run is over when they end.)"
-        )
-    if batches is not None and batch_size is not None:
-        raise TypeError(
-            "batch_size cuts the arrays in *args, and batches= come cut already: give "
-            "one of the two."
-        )
-    if shuffle_key is not None and batch_size is None:
-        raise TypeError(
-            "shuffle_key shuffles the rows of *args, and needs batch_size; batches= "
-            "are taken in the order in which they come."
-        )
-    if drop_last and batch_size is None and batches is None:
-        raise TypeError("drop_last needs batch_size or batches.")
-    if reduction not in (None, "mean"):
-        raise ValueError(
-            f'reduction must be "mean" or None, and is {reduction!r}: a loss that is '
-            "no mean over rows can't be computed in weighted parts."
-        )
-
-
-def _check_keys(loss: Loss, count: int, shuffle_key: Any, step_key: Any) -> None:
-    for name, key in (("shuffle_key", shuffle_key), ("step_key", step_key)):
-        if key is None:
-            continue
-        dtype = getattr(key, "dtype", None)
-        typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-        raw = dtype == np.uint32 and key.ndim == 1
-        if not (raw or (typed and key.shape == ())):
-            raise TypeError(
-                f"{name} must be one random key, such as jax.random.key(0), and is "
-                f"{'an array of shape ' + str(key.shape) if dtype else repr(key)}."
-            )
-    if step_key is not None:
-        try:
-            parameters = inspect.signature(loss).parameters
-        except (TypeError, ValueError):
-            return
-        places = [name for name, p in parameters.items() if p.kind in _BY_PLACE]
-        by_place = "key" in places and places.index("key") <= count
-        known = "key" in parameters or any(
-            p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
-        )
-        if not known or by_place:
-            how = (
-                "takes its argument `key` by position; put it behind the others: "
-                "`(params, *args, key)`"
-                if by_place
-                else "has no argument `key`"
-            )
-            raise TypeError(
-                "step_key is folded with the step and given to the loss as `key=`, and "
-                f"{function_name(loss)} {how}."
-            )
-
-
-_BY_PLACE = (
-    inspect.Parameter.POSITIONAL_ONLY,
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-)
